@@ -1,0 +1,1 @@
+"""Guide families and sampling effects for variational posteriors: `pyro_forget.guides`."""

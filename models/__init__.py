@@ -1,0 +1,1 @@
+"""Pyro models to fit, forget from and compare with: `pyro_forget.models`."""
