@@ -1,0 +1,208 @@
+"""A program's learned parameters: read once, substituted in every run, written back into a copy.
+
+Pyro keeps parameters in a global store whose names win over the tensors of a module. So a module is evaluated by
+`functional_call` within an empty scope of the store, a function within a scope that holds the given tensors; both
+leave the store's keys, values and identities as they were.
+"""
+
+import copy
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.func import functional_call
+
+from pyro_forget.params import Params, clone
+
+_MODULE_DIVIDER = "$$$"
+_UNCONSTRAINED = "_unconstrained"
+
+
+@dataclass(frozen=True)
+class Parametrised:
+    """A model or guide as a function of its parameters.
+
+    Attributes:
+        program: the user's callable, never changed.
+        params: a detached copy of its unconstrained parameters by name.
+        constraints: of the parameters that live in the store or are `PyroParam`s.
+    """
+
+    program: Callable[..., Any]
+    params: Params
+    constraints: dict[str, Any]
+
+    @staticmethod
+    def of(program: Callable[..., Any], run: Callable[[], Any]) -> "Parametrised":
+        """Take over the parameters that `run` touches (it calls `program` once).
+
+        Raises:
+            ValueError: they were never initialised, belong to a `pyro.module`, or the store disagrees with the
+                module's own tensors.
+        """
+        found = _module_params(program) if isinstance(program, nn.Module) else {}
+        store = pyro.get_param_store()
+        before = set(store.keys())
+        touched = _touched(run)
+        _refuse_new(program, found, set(touched) - before)
+        own = {} if isinstance(program, nn.Module) else {name: store._params[name] for name in touched}
+        _refuse_modules(own)
+        _refuse_disagreement(program, found)
+        limits = {name: store._constraints[name] for name in own} | _module_constraints(program)
+        return Parametrised(program, clone(found | own), limits)
+
+    @property
+    def is_module(self) -> bool:
+        """Whether the program is a module, so that its parameters are its own tensors."""
+        return isinstance(self.program, nn.Module)
+
+    def __call__(self, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the program with these parameters (a subset of the names keeps the rest)."""
+        if not self.params:
+            return self.program(*args, **kwargs)
+        full = self.params | params
+        if isinstance(self.program, nn.Module):
+            with pyro.get_param_store().scope():
+                return functional_call(self.program, full, args, kwargs)
+        with filled_store(full, self.constraints):
+            return self.program(*args, **kwargs)
+
+    def edited(self, params: Params, drop: tuple[Any, ...] = ()) -> Callable[..., Any]:
+        """A program of its own with these parameters, for the user's own workflow; the original is untouched.
+
+        Args:
+            params: unconstrained values, by name.
+            drop: objects that must not travel with a copied module, such as erased rows.
+        """
+        full = self.params | params
+        if isinstance(self.program, nn.Module):
+            return _edited_module(self.program, full, drop)
+        program, limits = self.program, self.constraints
+
+        def edited_program(*args: Any, **kwargs: Any) -> Any:
+            with filled_store(full, limits):
+                return program(*args, **kwargs)
+
+        return edited_program
+
+
+@contextmanager
+def filled_store(params: Params, limits: dict[str, Any]) -> Iterator[None]:
+    """Within the context the store holds these unconstrained tensors and nothing else."""
+    store = pyro.get_param_store()
+    with store.scope():
+        for name, value in params.items():
+            store._params[name] = value
+            store._constraints[name] = limits.get(name, constraints.real)
+            store._param_to_name[value] = name
+        yield
+
+
+@contextmanager
+def loaded_store(params: Params, limits: dict[str, Any]) -> Iterator[None]:
+    """The same with trainable copies: what a further SVI does to them ends with the context."""
+    trainable = {name: value.detach().clone().requires_grad_(True) for name, value in params.items()}
+    with filled_store(trainable, limits):
+        yield
+
+
+def _module_params(module: nn.Module) -> Params:
+    return dict(module.named_parameters())
+
+
+def _module_constraints(program: Any) -> dict[str, Any]:
+    """Constraints of the `PyroParam`s of a module, by the name of their unconstrained tensor."""
+    if not isinstance(program, nn.Module):
+        return {}
+    return {
+        ".".join(filter(None, (path, name))) + _UNCONSTRAINED: constraint
+        for path, module in program.named_modules()
+        for name, (constraint, _) in getattr(module, "_pyro_params", {}).items()
+    }
+
+
+def _touched(run: Callable[[], Any]) -> list[str]:
+    with pyro.poutine.trace(param_only=True) as trace:
+        run()
+    return [name for name in trace.trace.nodes if name in pyro.get_param_store()._params]
+
+
+def _refuse_new(program: Any, found: Params, new: set[str]) -> None:
+    if not isinstance(program, nn.Module) and new:
+        store = pyro.get_param_store()
+        for name in new:
+            del store[name]
+        raise ValueError(
+            f"{_called(program)} was never fitted: its first run made the parameters {sorted(new)}. Fit it first "
+            "(Pyro's SVI, or `fit_guide`)."
+        )
+
+
+def _refuse_modules(params: Params) -> None:
+    modules = sorted({name.split(_MODULE_DIVIDER)[0] for name in params if _MODULE_DIVIDER in name})
+    if modules:
+        raise ValueError(
+            f"`pyro.module` registered {modules} inside a function; its tensors cannot be substituted from outside. "
+            "Make the program a PyroModule that holds them."
+        )
+
+
+def _refuse_disagreement(program: Any, found: Params) -> None:
+    """Under Pyro's defaults the store's tensors are about to overwrite the module's."""
+    if not isinstance(program, PyroModule) or pyro.settings.get("module_local_params"):
+        return
+    stored = pyro.get_param_store()._params
+    for name, value in found.items():
+        other = stored.get(f"{program._pyro_name}.{name.removesuffix(_UNCONSTRAINED)}")
+        if other is not None and other is not value and not torch.equal(other, value):
+            raise ValueError(
+                f"The parameter store and {_called(program)} disagree about '{name}': another program of the same "
+                "name was fitted since, and Pyro would overwrite this one at its next run. Take a posterior over "
+                "before fitting the next guide, or use pyro.settings.set(module_local_params=True)."
+            )
+
+
+def _edited_module(module: nn.Module, params: Params, drop: tuple[Any, ...]) -> nn.Module:
+    """A deep copy with new parameters and names of its own, so that the store never answers for it."""
+    edited = _deep_copy(module, drop)
+    suffix = uuid.uuid4().hex[:8]
+    for part in edited.modules():
+        if isinstance(part, PyroModule) and part._pyro_name:
+            root, *rest = part._pyro_name.split(".", 1)
+            part._pyro_name = ".".join([f"{root}-{suffix}", *rest])
+    with torch.no_grad():
+        for name, value in edited.named_parameters():
+            value.copy_(params[name])
+    return edited
+
+
+def _deep_copy(module: nn.Module, drop: tuple[Any, ...]) -> Any:
+    """A deep copy without `drop`; autoguides share their model, and forget it when they are copied."""
+    guides = [part for part in module.modules() if isinstance(part, AutoGuide)]
+    kept = [(guide._model, guide.master) for guide in guides]
+    memo: dict[int, Any] = {id(thing): _placeholder(thing) for thing in drop}
+    try:
+        edited = copy.deepcopy(module, memo)
+    finally:
+        for guide, (model, master) in zip(guides, kept, strict=True):
+            guide._model, guide.master = model, master
+    twins = [part for part in edited.modules() if isinstance(part, AutoGuide)]
+    for twin, (model, _) in zip(twins, kept, strict=True):
+        twin._model = model
+    return edited
+
+
+def _placeholder(thing: Any) -> Any:
+    return torch.empty(thing.shape, device="meta", dtype=thing.dtype) if isinstance(thing, Tensor) else None
+
+
+def _called(program: Any) -> str:
+    return type(program).__name__ if isinstance(program, nn.Module) else getattr(program, "__name__", "The program")

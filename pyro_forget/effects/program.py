@@ -1,0 +1,90 @@
+"""An adopted model: what it says of latents and of a batch's rows, at given parameters and noise."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_forget.data import Batch
+from pyro_forget.effects.parameters import Parametrised
+from pyro_forget.effects.plate import plate_rows
+from pyro_forget.effects.run import Answers, Recorder
+from pyro_forget.effects.site import Site
+from pyro_forget.params import Params
+
+
+@dataclass(frozen=True)
+class Run:
+    """The sites of one run.
+
+    Attributes:
+        sites: every latent, observed and factor site, in the order of the program.
+        log_det: Σ log |dθ/du| of latents that were given unconstrained; 0 otherwise.
+        num_rows: rows of the batch.
+    """
+
+    sites: tuple[Site, ...]
+    log_det: Tensor | float
+    num_rows: int
+
+    def log_prior(self, skip: frozenset[str] = frozenset()) -> Tensor:
+        """Σ log density of everything outside the data plate, with log_det; scalar, nats."""
+        terms = [site.log_prob().sum() for site in self.sites if not site.is_data and site.name not in skip]
+        return sum(terms, start=torch.as_tensor(self.log_det)) if terms else torch.as_tensor(self.log_det)
+
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood by row, summed over the observed sites; shape (rows,), nats."""
+        terms = [site.by_row(self.num_rows) for site in self.sites if site.is_data]
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model with its data plate.
+
+    Attributes:
+        model: the user's model and its learned parameters.
+        plate: the name of the data plate.
+        indexed: whether the model reads its data with the plate's index instead of its arguments.
+        template: two made-up rows, for the prior's sake.
+    """
+
+    model: Parametrised
+    plate: str
+    indexed: bool
+    template: Batch
+
+    def run(self, batch: Batch, answers: Answers, params: Params | None = None) -> Run:
+        """Run the model on a batch; it must be inside `quiet()` when speed matters or torch.func is around."""
+        recorder = self.record(batch, answers, params)
+        return Run(tuple(recorder.sites), recorder.log_det, len(batch))
+
+    def record(self, batch: Batch, answers: Answers, params: Params | None = None) -> Recorder:
+        """The same, with everything the run came across."""
+        indices = batch.rows if self.indexed else torch.arange(len(batch))
+        recorder = Recorder(answers, self.plate)
+        with plate_rows(self.plate, indices), recorder:
+            self.model(params or {}, batch.args, batch.kwargs)
+        return recorder
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Pyro's validation off: it looks into tensors, which costs time and fails under `torch.func.vmap`."""
+    with pyro.validation_enabled(False):
+        yield
+
+
+def over_draws(function: Callable[..., Any], batched: Mapping[str, Any], num_draws: int) -> Any:
+    """`function(batched)` for each draw along the leading dim of every tensor in `batched`, in one pass.
+
+    One draw is run as it is: `vmap` has a price.
+    """
+    if num_draws == 1:
+        alone = function({name: value[0] for name, value in batched.items()})
+        return torch.utils._pytree.tree_map(lambda value: value.unsqueeze(0), alone)
+    return torch.func.vmap(function, randomness="error")(dict(batched))

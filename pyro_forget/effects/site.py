@@ -1,0 +1,88 @@
+"""Reading a site: its log density by row, with its mask and the program's own scale, without the plates' scale."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+from torch.distributions import constraints
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sample site of one run of a model.
+
+    Attributes:
+        fn: its distribution, expanded by the plates.
+        value: what was observed or substituted.
+        mask: of `poutine.mask`, or None.
+        scale: what the program's own `poutine.scale` leaves after the plates' scale is taken out.
+        frame: of the data plate, None outside it.
+        observed: whether it belongs to the likelihood or the prior.
+    """
+
+    name: str
+    fn: Any
+    value: Tensor
+    mask: Tensor | bool | None
+    scale: float | Tensor
+    frame: CondIndepStackFrame | None
+    observed: bool
+
+    @property
+    def is_data(self) -> bool:
+        """Whether this is a data term: observed, or a factor, inside the data plate."""
+        return self.observed and self.frame is not None
+
+    def log_prob(self) -> Tensor:
+        """The log density, of the site's batch shape, masked and scaled."""
+        mask = self.mask
+        if mask is None or mask is True:
+            return self.scale * self.fn.log_prob(self.value)
+        if mask is False:
+            return torch.zeros_like(self.fn.log_prob(self.value))
+        # A masked NaN would poison the gradient (0 · NaN), so the density is taken elsewhere.
+        log_prob = self.fn.log_prob(_feasible(self.fn, self.value, mask))
+        return self.scale * torch.where(mask, log_prob, torch.zeros_like(log_prob))
+
+    def by_row(self, num_rows: int) -> Tensor:
+        """The log density summed over all but the data plate's dim, shape (num_rows,)."""
+        log_prob = self.log_prob()
+        if self.frame is None:
+            raise ValueError(f"Site '{self.name}' is not in the data plate.")
+        if self.frame.dim is None:
+            # A sequential plate visits one row at a time and counts from 1.
+            return torch.nn.functional.one_hot(
+                torch.tensor(self.frame.counter - 1, device=log_prob.device), num_rows
+            ).to(log_prob.dtype) * log_prob.sum()
+        if log_prob.ndim < -self.frame.dim or log_prob.shape[self.frame.dim] != num_rows:
+            raise _wrong_rows(self, num_rows)
+        rows = log_prob.movedim(self.frame.dim, 0)
+        return rows.reshape(num_rows, -1).sum(-1)
+
+
+def make_site(msg: dict[str, Any], plate: str) -> Site:
+    """The site that a message describes once the program's own handlers have run."""
+    scale = msg["scale"]
+    for frame in msg["cond_indep_stack"]:
+        if frame.full_size not in (None, frame.size):
+            scale = scale * frame.size / frame.full_size
+    frame = next((frame for frame in msg["cond_indep_stack"] if frame.name == plate), None)
+    return Site(msg["name"], msg["fn"], msg["value"], msg["mask"], scale, frame, bool(msg["is_observed"]))
+
+
+def _feasible(fn: Any, value: Tensor, mask: Tensor) -> Tensor:
+    """`value` with masked NaN entries replaced by something inside the support."""
+    support = getattr(fn, "support", None)
+    inside = 0.5 if support is constraints.unit_interval else 1.0
+    if not value.is_floating_point():
+        return value
+    return torch.where(torch.isnan(value), torch.full_like(value, inside), value)
+
+
+def _wrong_rows(site: Site, num_rows: int) -> ValueError:
+    return ValueError(
+        f"Site '{site.name}' has batch shape {tuple(site.fn.batch_shape)}, which does not show the data plate's "
+        f"{num_rows} rows at dim {site.frame.dim if site.frame else None}: every row needs its own log likelihood."
+    )
