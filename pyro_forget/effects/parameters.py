@@ -7,9 +7,9 @@ leave the store's keys, values and identities as they were.
 
 import copy
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -32,12 +32,14 @@ class Parametrised:
 
     Attributes:
         program: the user's callable, never changed.
-        params: a detached copy of its unconstrained parameters by name.
+        tensors: a detached copy of its unconstrained parameters (and a module's buffers) by name.
+        free: the names that are parameters; the rest stays as it is.
         constraints: of the parameters that live in the store or are `PyroParam`s.
     """
 
     program: Callable[..., Any]
-    params: Params
+    tensors: Params
+    free: tuple[str, ...]
     constraints: dict[str, Any]
 
     @staticmethod
@@ -48,7 +50,7 @@ class Parametrised:
             ValueError: they were never initialised, belong to a `pyro.module`, or the store disagrees with the
                 module's own tensors.
         """
-        found = _module_params(program) if isinstance(program, nn.Module) else {}
+        found, fixed = _module_tensors(program)
         store = pyro.get_param_store()
         before = set(store.keys())
         touched = _touched(run)
@@ -57,7 +59,20 @@ class Parametrised:
         _refuse_modules(own)
         _refuse_disagreement(program, found)
         limits = {name: store._constraints[name] for name in own} | _module_constraints(program)
-        return Parametrised(program, clone(found | own), limits)
+        return Parametrised(program, clone(found | own | fixed), tuple(found | own), limits)
+
+    @property
+    def params(self) -> Params:
+        """The free parameters."""
+        return {name: self.tensors[name] for name in self.free}
+
+    def frozen(self, names: Collection[str]) -> "Parametrised":
+        """The same with these names no longer free."""
+        return replace(self, free=tuple(name for name in self.free if name not in names))
+
+    def to(self, device: torch.device) -> "Parametrised":
+        """The same with its tensors on `device`."""
+        return replace(self, tensors={name: value.to(device) for name, value in self.tensors.items()})
 
     @property
     def is_module(self) -> bool:
@@ -66,9 +81,9 @@ class Parametrised:
 
     def __call__(self, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the program with these parameters (a subset of the names keeps the rest)."""
-        if not self.params:
+        if not self.tensors:
             return self.program(*args, **kwargs)
-        full = self.params | params
+        full = self.tensors | params
         if isinstance(self.program, nn.Module):
             with pyro.get_param_store().scope():
                 return functional_call(self.program, full, args, kwargs)
@@ -82,7 +97,7 @@ class Parametrised:
             params: unconstrained values, by name.
             drop: objects that must not travel with a copied module, such as erased rows.
         """
-        full = self.params | params
+        full = self.tensors | params
         if isinstance(self.program, nn.Module):
             return _edited_module(self.program, full, drop)
         program, limits = self.program, self.constraints
@@ -114,8 +129,15 @@ def loaded_store(params: Params, limits: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _module_params(module: nn.Module) -> Params:
-    return dict(module.named_parameters())
+def _module_tensors(program: Any) -> tuple[Params, Params]:
+    """(free, fixed) tensors of a module; a converted `AutoLaplaceApproximation` keeps loc and scale as buffers."""
+    if not isinstance(program, nn.Module):
+        return {}, {}
+    parameters, buffers = dict(program.named_parameters()), dict(program.named_buffers())
+    free = {name: value for name, value in parameters.items() if value.requires_grad}
+    if not parameters and isinstance(program, AutoGuide):
+        free = {name: value for name, value in buffers.items() if value.is_floating_point()}
+    return free, {name: value for name, value in (parameters | buffers).items() if name not in free}
 
 
 def _module_constraints(program: Any) -> dict[str, Any]:
@@ -179,7 +201,7 @@ def _edited_module(module: nn.Module, params: Params, drop: tuple[Any, ...]) -> 
             root, *rest = part._pyro_name.split(".", 1)
             part._pyro_name = ".".join([f"{root}-{suffix}", *rest])
     with torch.no_grad():
-        for name, value in edited.named_parameters():
+        for name, value in [*edited.named_parameters(), *edited.named_buffers()]:
             value.copy_(params[name])
     return edited
 

@@ -51,12 +51,14 @@ class Program:
         plate: the name of the data plate.
         indexed: whether the model reads its data with the plate's index instead of its arguments.
         template: two made-up rows, for the prior's sake.
+        minibatch_of: N where the model scales its data by N/B itself and that is to be taken out; None otherwise.
     """
 
     model: Parametrised
     plate: str
     indexed: bool
     template: Batch
+    minibatch_of: int | None = None
 
     def run(self, batch: Batch, answers: Answers, params: Params | None = None) -> Run:
         """Run the model on a batch; it must be inside `quiet()` when speed matters or torch.func is around."""
@@ -66,7 +68,8 @@ class Program:
     def record(self, batch: Batch, answers: Answers, params: Params | None = None) -> Recorder:
         """The same, with everything the run came across."""
         indices = batch.rows if self.indexed else torch.arange(len(batch))
-        recorder = Recorder(answers, self.plate)
+        scale = 1.0 if self.minibatch_of is None else len(batch) / self.minibatch_of
+        recorder = Recorder(answers, self.plate, scale)
         with plate_rows(self.plate, indices), recorder:
             self.model(params or {}, batch.args, batch.kwargs)
         return recorder

@@ -39,9 +39,9 @@ class Recorder(Messenger):
     it arrives.
     """
 
-    def __init__(self, answers: Answers, plate: str) -> None:
+    def __init__(self, answers: Answers, plate: str, data_scale: float = 1.0) -> None:
         super().__init__()
-        self.answers, self.plate = answers, plate
+        self.answers, self.plate, self.data_scale = answers, plate, data_scale
         self.sites: list[Site] = []
         self.log_det: Tensor | float = 0.0
         self.noise_shapes: dict[str, torch.Size] = {}
@@ -59,7 +59,7 @@ class Recorder(Messenger):
             return
         if not msg["is_observed"]:
             self._answer_latent(msg)
-        self.sites.append(make_site(msg, self.plate))
+        self.sites.append(make_site(msg, self.plate, self.data_scale))
 
     def _answer_latent(self, msg: Any) -> None:
         name = msg["name"]

@@ -62,13 +62,18 @@ class Site:
         return rows.reshape(num_rows, -1).sum(-1)
 
 
-def make_site(msg: dict[str, Any], plate: str) -> Site:
-    """The site that a message describes once the program's own handlers have run."""
+def make_site(msg: dict[str, Any], plate: str, data_scale: float) -> Site:
+    """The site that a message describes once the program's own handlers have run.
+
+    `data_scale` multiplies the data sites: it undoes a mini-batch scale that the model applies itself.
+    """
     scale = msg["scale"]
     for frame in msg["cond_indep_stack"]:
         if frame.full_size not in (None, frame.size):
             scale = scale * frame.size / frame.full_size
     frame = next((frame for frame in msg["cond_indep_stack"] if frame.name == plate), None)
+    if frame is not None and msg["is_observed"]:
+        scale = scale * data_scale
     return Site(msg["name"], msg["fn"], msg["value"], msg["mask"], scale, frame, bool(msg["is_observed"]))
 
 
