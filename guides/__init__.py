@@ -1,1 +1,6 @@
-"""Guide families and sampling effects for variational posteriors: `pyro_forget.guides`."""
+"""Guide families, and the sampling effects that make their energies less noisy."""
+
+from pyro_forget.guides.local_reparametrization import GaussianWeight, local_reparametrization
+from pyro_forget.guides.mean_field import MeanField
+
+__all__ = ["GaussianWeight", "MeanField", "local_reparametrization"]
