@@ -5,6 +5,7 @@ likelihood by row, supports and scales must agree, or the posterior of fewer row
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from pyro_forget.data import Batch, Data
+from pyro_forget.effects.guide import Guide, count_normals, run_guide
 from pyro_forget.effects.parameters import Parametrised
-from pyro_forget.effects.program import Program, Run, quiet
+from pyro_forget.effects.plate import plate_rows
+from pyro_forget.effects.program import Program, Run, over_draws, quiet
 from pyro_forget.effects.run import Answers, Latents
 
 _RTOL = 1e-4
@@ -238,3 +241,63 @@ def _frame(site: Any, plate: str) -> Any:
 
 def _names(sites: list[Any]) -> list[str]:
     return [site["name"] for site in sites]
+
+
+def adopt_guide(guide: Callable[..., Any], data: Data, program: Program) -> Guide:
+    """Take over a fitted guide.
+
+    Raises:
+        ValueError: it was never fitted, draws other latents than the model has, or draws other values for other rows.
+    """
+    batch = next(data.batches())
+
+    def run() -> None:
+        with torch.random.fork_rng(), pyro.poutine.block(), plate_rows(program.plate, torch.arange(len(batch))):
+            guide(*batch.args, **batch.kwargs)
+
+    parametrised = Parametrised.of(guide, run)
+    with quiet(), torch.no_grad():
+        drawn = lambda noise: run_guide(parametrised, {}, program.template, program.plate, noise)  # noqa: E731
+        num_normals = count_normals(drawn)
+        adopted = Guide(parametrised, program.plate, program.template, num_normals)
+        _same_latents(adopted, program, batch)
+        if num_normals is not None:
+            _not_amortised(adopted, data, batch)
+        return replace(adopted, vectorised=_vectorises(adopted))
+
+
+def _same_latents(guide: Guide, program: Program, batch: Batch) -> None:
+    with torch.random.fork_rng():
+        mine = set(guide.run({}, None).latents)
+    theirs = set(latent_names(program, batch))
+    if mine != theirs:
+        raise ValueError(
+            f"Guide and model differ in their latents: only in the guide {sorted(mine - theirs)}, only in the model "
+            f"{sorted(theirs - mine)}. Pass the pair that was fitted together (the same reparametrised model)."
+        )
+
+
+def _not_amortised(guide: Guide, data: Data, batch: Batch) -> None:
+    third = next(data.split(batch.ids[::3])[0].batches())
+    noise = torch.linspace(-1.0, 1.0, guide.num_normals or 0)
+    runs = [guide.run({}, noise, rows).latents for rows in (batch, third, None)]
+    for name, value in runs[0].items():
+        for other in runs[1:]:
+            if other[name].shape != value.shape or not torch.allclose(other[name], value, rtol=_RTOL, atol=1e-6):
+                raise ValueError(
+                    f"The guide draws latent '{name}' from the data: an amortised guide has no parameters of its own "
+                    "to edit. Use a guide whose global latents do not read the rows."
+                )
+
+
+def _vectorises(guide: Guide) -> bool:
+    """Whether `vmap` goes through the guide; flows that register modules in the store do not let it."""
+    if not guide.num_normals:
+        return True
+    try:
+        over_draws(
+            lambda drawn: guide.run({}, drawn["noise"]).latents, {"noise": torch.zeros(2, guide.num_normals)}, 2
+        )
+    except (RuntimeError, ValueError):
+        return False
+    return True

@@ -53,12 +53,14 @@ class Guide:
         template: two made-up rows: a guide with global latents reads only their shapes.
         num_normals: standard normal numbers that one draw consumes; None where it uses other randomness, so that
             its noise can be pinned by seed only.
+        vectorised: whether many draws can be made in one pass.
     """
 
     guide: Parametrised
     plate: str
     template: Batch
     num_normals: int | None
+    vectorised: bool = True
 
     def run(self, params: Params, noise: Tensor | None, batch: Batch | None = None) -> GuideRun:
         """Draw once. `noise` of shape (num_normals,) stands in for every standard normal number; None: torch's RNG."""

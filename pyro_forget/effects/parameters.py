@@ -35,31 +35,32 @@ class Parametrised:
         tensors: a detached copy of its unconstrained parameters (and a module's buffers) by name.
         free: the names that are parameters; the rest stays as it is.
         constraints: of the parameters that live in the store or are `PyroParam`s.
+        stored: the names that live in the store, not in a module.
     """
 
     program: Callable[..., Any]
     tensors: Params
     free: tuple[str, ...]
     constraints: dict[str, Any]
+    stored: tuple[str, ...]
 
     @staticmethod
     def of(program: Callable[..., Any], run: Callable[[], Any]) -> "Parametrised":
-        """Take over the parameters that `run` touches (it calls `program` once).
+        """Take over the parameters that `run` touches (it calls `program` once); the store is left as it was.
 
         Raises:
             ValueError: they were never initialised, belong to a `pyro.module`, or the store disagrees with the
                 module's own tensors.
         """
+        _refuse_unfitted(program)
         found, fixed = _module_tensors(program)
-        store = pyro.get_param_store()
-        before = set(store.keys())
-        touched = _touched(run)
-        _refuse_new(program, found, set(touched) - before)
-        own = {} if isinstance(program, nn.Module) else {name: store._params[name] for name in touched}
-        _refuse_modules(own)
         _refuse_disagreement(program, found)
-        limits = {name: store._constraints[name] for name in own} | _module_constraints(program)
-        return Parametrised(program, clone(found | own | fixed), tuple(found | own), limits)
+        own, limits = _stored(program, run)
+        if isinstance(program, nn.Module) and set(_module_tensors(program)[0]) != set(found):
+            raise _never_fitted(program, sorted(set(_module_tensors(program)[0]) - set(found)))
+        return Parametrised(
+            program, clone(found | own | fixed), tuple(found | own), limits | _module_constraints(program), tuple(own)
+        )
 
     @property
     def params(self) -> Params:
@@ -84,10 +85,10 @@ class Parametrised:
         if not self.tensors:
             return self.program(*args, **kwargs)
         full = self.tensors | params
-        if isinstance(self.program, nn.Module):
-            with pyro.get_param_store().scope():
-                return functional_call(self.program, full, args, kwargs)
-        with filled_store(full, self.constraints):
+        with filled_store({name: full[name] for name in self.stored}, self.constraints):
+            if isinstance(self.program, nn.Module):
+                own = {name: value for name, value in full.items() if name not in self.stored}
+                return functional_call(self.program, own, args, kwargs)
             return self.program(*args, **kwargs)
 
     def edited(self, params: Params, drop: tuple[Any, ...] = ()) -> Callable[..., Any]:
@@ -151,21 +152,34 @@ def _module_constraints(program: Any) -> dict[str, Any]:
     }
 
 
-def _touched(run: Callable[[], Any]) -> list[str]:
-    with pyro.poutine.trace(param_only=True) as trace:
+def _stored(program: Any, run: Callable[[], Any]) -> tuple[Params, dict[str, Any]]:
+    """The store's tensors and constraints that a run touches, apart from those of the program's own modules."""
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    own = f"{program._pyro_name}." if isinstance(program, PyroModule) and program._pyro_name else None
+    with store.scope(store.get_state()), pyro.poutine.trace(param_only=True) as trace:
         run()
-    return [name for name in trace.trace.nodes if name in pyro.get_param_store()._params]
+        touched = [name for name in trace.trace.nodes if not (own and name.startswith(own))]
+        touched = [name for name in touched if name in store._params]
+        params = {name: store._params[name] for name in touched}
+        limits = {name: store._constraints[name] for name in touched}
+    _refuse_modules(params)
+    if new := sorted(set(touched) - before):
+        raise _never_fitted(program, new)
+    return params, limits
 
 
-def _refuse_new(program: Any, found: Params, new: set[str]) -> None:
-    if not isinstance(program, nn.Module) and new:
-        store = pyro.get_param_store()
-        for name in new:
-            del store[name]
-        raise ValueError(
-            f"{_called(program)} was never fitted: its first run made the parameters {sorted(new)}. Fit it first "
-            "(Pyro's SVI, or `fit_guide`)."
-        )
+def _refuse_unfitted(program: Any) -> None:
+    if isinstance(program, AutoGuide) and program.prototype_trace is None and not list(program.parameters()):
+        raise _never_fitted(program, [])
+
+
+def _never_fitted(program: Any, new: list[str]) -> ValueError:
+    made = f": its first run made the parameters {new}" if new else ": it has no parameters yet"
+    return ValueError(
+        f"{_called(program)} was never fitted{made}. Fit it first (Pyro's SVI, or `fit_guide`), in the same process "
+        "and without clearing the parameter store in between."
+    )
 
 
 def _refuse_modules(params: Params) -> None:

@@ -1,0 +1,26 @@
+"""Energies: functions of parameters whose minimiser is the posterior of the data, in nats for the whole data set."""
+
+from pyro_forget.energy.gaussian import GaussianEnergy
+from pyro_forget.energy.protocol import (
+    Energy,
+    FunctionEnergy,
+    gradient_over,
+    share_of,
+    total_of_parts,
+    value_and_gradient,
+)
+from pyro_forget.energy.sampled import SampledEnergy
+from pyro_forget.energy.variational import VariationalEnergy, variational_energy
+
+__all__ = [
+    "Energy",
+    "FunctionEnergy",
+    "GaussianEnergy",
+    "SampledEnergy",
+    "VariationalEnergy",
+    "gradient_over",
+    "share_of",
+    "total_of_parts",
+    "value_and_gradient",
+    "variational_energy",
+]

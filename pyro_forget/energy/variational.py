@@ -1,0 +1,243 @@
+"""−ELBO as a function of a guide's parameters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_forget.data import Batch, Data
+from pyro_forget.effects.guide import Guide, GuideRun
+from pyro_forget.effects.noise import Noise, seeded
+from pyro_forget.effects.program import Program, over_draws, quiet
+from pyro_forget.effects.run import Answers, Latents
+from pyro_forget.effects.site import Site
+from pyro_forget.energy.gaussian import Conjugate, GaussianEnergy
+from pyro_forget.energy.protocol import total_of_parts
+from pyro_forget.gaussian import GaussianGuide, gaussian_guide
+from pyro_forget.params import Params, map_params
+
+MODEL_PREFIX = "model."
+MAX_FRAME = 256
+FEW_PAIRS = 8
+NETWORK_PAIRS = 16
+
+
+@dataclass(frozen=True)
+class VariationalEnergy:
+    """F(γ, S) = KL(q_γ ‖ prior) + Σ E_q[−log p(z | θ)] of an adopted guide, under pinned noise.
+
+    Attributes:
+        gaussian: the energy in the Gaussian's own coordinates, where the guide is one; None otherwise.
+        whole: the energy by runs of the guide itself, for every guide.
+    """
+
+    gaussian: GaussianEnergy | None
+    whole: "GuideEnergy"
+
+    @property
+    def noise(self) -> Noise:
+        """What is pinned."""
+        return self.whole.noise
+
+    def prior(self, params: Params) -> Tensor:
+        """KL(q ‖ prior), scalar, nats: closed-form where site and guide allow."""
+        return self.whole.prior(params) if self.gaussian is None else self._gaussian(params).prior(self._view(params))
+
+    def share(self, params: Params, batch: Batch) -> Tensor:
+        """E_q[−log likelihood] summed over the batch's rows, scalar, nats."""
+        if self.gaussian is None:
+            return self.whole.share(params, batch)
+        return self._gaussian(params).share(self._view(params), batch)
+
+    def total(self, params: Params, data: Data) -> Tensor:
+        """F(γ, data), scalar, nats."""
+        return total_of_parts(self, params, data)
+
+    def with_noise(self, seed: int, pairs: int | None = None) -> "VariationalEnergy":
+        """The same under other noise; `pairs` None keeps their number."""
+        return self.under(replace(self.noise, seed=seed, pairs=pairs or self.noise.pairs, antithetic=True))
+
+    def under(self, noise: Noise) -> "VariationalEnergy":
+        """The same under exactly this noise."""
+        gaussian = None if self.gaussian is None else self.gaussian.with_noise(noise)
+        return VariationalEnergy(gaussian, replace(self.whole, noise=noise))
+
+    def _gaussian(self, params: Params) -> GaussianEnergy:
+        energy = self.gaussian
+        if energy is None:
+            raise ValueError("This guide is not a Gaussian.")
+        learned = model_part(params)
+        return replace(energy, model_params=learned) if learned else energy
+
+    def _view(self, params: Params) -> Any:
+        return self.whole.view.read(guide_part(params)) if self.whole.view else None
+
+
+@dataclass(frozen=True)
+class GuideEnergy:
+    """−ELBO by runs of the guide: for flows, structured and low-rank guides, and point masses."""
+
+    program: Program
+    guide: Guide
+    noise: Noise
+    view: GaussianGuide | None = None
+    draws: dict[str, Tensor] = field(default_factory=dict, compare=False)
+
+    def prior(self, params: Params) -> Tensor:
+        """E_q[log q − log prior], scalar, nats."""
+
+        def of(latents: Latents, run: GuideRun) -> Tensor:
+            prior = self.program.run(self.program.template, Answers(latents), model_part(params)).log_prior()
+            return run.log_prob() - prior
+
+        return self._expect(params, of).mean()
+
+    def share(self, params: Params, batch: Batch) -> Tensor:
+        """E_q[−log likelihood] summed over the batch's rows, scalar, nats."""
+
+        def of(latents: Latents, run: GuideRun) -> Tensor:
+            return -self.program.run(batch, Answers(latents), model_part(params)).log_likelihood().sum()
+
+        return self._expect(params, of).mean()
+
+    def _expect(self, params: Params, function: Callable[[Latents, GuideRun], Any]) -> Any:
+        """`function` of every draw, along a leading dim."""
+        guided = guide_part(params)
+
+        def of(drawn: Mapping[str, Tensor]) -> Any:
+            run = self.guide.run(guided, drawn["noise"])
+            return function(run.latents, run)
+
+        like = next(iter(params.values()))
+        with quiet():
+            if self.guide.num_normals == 0:
+                return over_draws(of, {"noise": like.new_zeros(1, 0)}, 1)
+            if self.guide.num_normals is None:
+                return self._expect_by_seed(guided, function, like.device)
+            noise = self.noise.normal(self.guide.num_normals, like)
+            if self.guide.vectorised:
+                return over_draws(of, {"noise": noise}, len(noise))
+            return torch.stack([of({"noise": row}) for row in noise])
+
+    def _expect_by_seed(self, guided: Params, function: Any, device: torch.device) -> Any:
+        """Guides with randomness other than Normals: one seed a draw."""
+        found = []
+        devices = [device] if device.type == "cuda" else []
+        for place in range(self.noise.num_draws):
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(int(seeded(torch.device("cpu"), self.noise.seed, place).initial_seed()))
+                run = self.guide.run(guided, None)
+            found.append(function(run.latents, run))
+        return torch.stack(found)
+
+
+def guide_part(params: Params) -> Params:
+    """The guide's own parameters."""
+    return {name: value for name, value in params.items() if not name.startswith(MODEL_PREFIX)}
+
+
+def model_part(params: Params) -> Params:
+    """The model's learned parameters, under their own names."""
+    return {name[len(MODEL_PREFIX) :]: value for name, value in params.items() if name.startswith(MODEL_PREFIX)}
+
+
+def variational_energy(program: Program, guide: Guide, ids: Tensor) -> VariationalEnergy:
+    """Find out what a guide and its model are, once: Gaussian or not, closed-form or not, local or not."""
+    with quiet(), torch.no_grad():
+        latents = first_draw(guide).latents
+        sites = program.run(program.template, Answers(latents, noise=_Zeros()), {}).sites
+        transforms = {site.name: biject_to(site.fn.support) for site in sites if not site.observed}
+        view = gaussian_guide(guide, {name: transforms[name] for name in transforms})
+        if view is None:
+            noise = Noise(pairs=default_pairs(guide.num_normals or 1, {}))
+            return VariationalEnergy(None, GuideEnergy(program, guide, noise))
+        local, row_shapes = _local_sites(program, guide, view, latents)
+        size = guide.num_normals or 0
+        noise = Noise(pairs=default_pairs(0 if local == set(transforms) else size, row_shapes))
+        known = _conjugate_sites(program, view, latents)
+        energy = GaussianEnergy(program, view, ids, noise, known, local, row_shapes)
+        return VariationalEnergy(energy, GuideEnergy(program, guide, noise, view))
+
+
+def default_pairs(size: int, row_shapes: Mapping[str, torch.Size]) -> int:
+    """Enough pairs for exact second moments where that is affordable.
+
+    Frames need as many pairs as coordinates: all `size` weights that are drawn, the outputs of one row under local
+    reparametrisation. Hidden layers of a network are out of reach; there the mean over pairs must do.
+    """
+    if size:
+        return max(size, FEW_PAIRS) if size <= MAX_FRAME else NETWORK_PAIRS
+    outputs = [shape.numel() for shape in row_shapes.values()]
+    return max([FEW_PAIRS, *(number for number in outputs if number <= NETWORK_PAIRS)])
+
+
+def first_draw(guide: Guide) -> GuideRun:
+    """One draw of a guide, the same every time."""
+    with torch.random.fork_rng(), torch.no_grad(), quiet():
+        torch.manual_seed(0)
+        return guide.run(guide.guide.params, None)
+
+
+def _local_sites(
+    program: Program, guide: Guide, view: GaussianGuide, latents: Latents
+) -> tuple[frozenset[str], dict[str, torch.Size]]:
+    """The sites that local reparametrisation takes over, and the noise of one row that it asks for."""
+    gaussian = view.read(guide.guide.params)
+    offered = {name: (gaussian.loc[name], gaussian.deviation(name)) for name in view.at_site}
+    recorder = program.record(program.template, Answers(latents, gaussians=offered, noise=_Zeros()))
+    shapes = {name: shape[1:] for name, shape in recorder.noise_shapes.items()}
+    wrong = [name for name, shape in recorder.noise_shapes.items() if not shape or shape[0] != len(program.template)]
+    if wrong:
+        raise ValueError(
+            f"Local reparametrisation found {len(wrong)} layers whose output has no row for each datum in front. Its "
+            "noise belongs to rows: put the data dim first."
+        )
+    return (view.at_site if shapes else frozenset()), shapes
+
+
+def _conjugate_sites(program: Program, view: GaussianGuide, latents: Latents) -> dict[str, Conjugate]:
+    """Sites whose prior is a Normal that neither other latents nor learned parameters change."""
+    generator = seeded(torch.device("cpu"), 1)
+
+    def moved(params: Params) -> Params:
+        return map_params(lambda v: v + 0.1 * torch.randn(v.shape, generator=generator).to(v), params)
+
+    values = {name: view.transforms[name].inv(value) for name, value in latents.items()}
+    other, _ = view.constrain(moved(values))
+    runs = [
+        program.run(program.template, Answers(latents, noise=_Zeros())),
+        program.run(program.template, Answers(other, noise=_Zeros()), moved(program.model.params)),
+    ]
+    pairs = zip(*(({site.name: site for site in run.sites if not site.observed}).items() for run in runs), strict=True)
+    found = {name: _conjugate(first, second) for (name, first), (_, second) in pairs if view.is_real(name)}
+    return {name: prior for name, prior in found.items() if prior is not None}
+
+
+def _conjugate(first: Site, second: Site) -> Conjugate | None:
+    normals = [_normal_of(site) for site in (first, second)]
+    if normals[0] is None or normals[1] is None:
+        return None
+    same = all(torch.equal(mine, theirs) for mine, theirs in zip(normals[0], normals[1], strict=True))
+    return Conjugate(*normals[0]) if same else None
+
+
+def _normal_of(site: Site) -> tuple[Tensor, Tensor] | None:
+    fn = site.fn
+    while type(fn).__name__ in ("Independent", "ExpandedDistribution"):
+        fn = fn.base_dist
+    plain = site.mask is None and not isinstance(site.scale, Tensor) and site.scale == 1
+    if type(fn).__name__ != "Normal" or not plain:
+        return None
+    return fn.loc.detach().expand(site.value.shape).clone(), fn.scale.detach().expand(site.value.shape).clone()
+
+
+class _Zeros(dict[str, Tensor]):
+    """Zero noise for whatever auxiliary site asks."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return torch.zeros(())
+
+
