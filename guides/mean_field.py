@@ -26,9 +26,9 @@ from pyro_forget.guides.local_reparametrization import INFER_KEY
 class MeanField(AutoGuide):
     r"""Independent Gaussians over the unconstrained latents, \(q(\theta) = \prod_i N(\theta_i; m_i, e^{2\rho_i})\).
 
-    Unlike `AutoNormal` it samples each Gaussian at the site itself: `TraceMeanField_ELBO` takes its KL in closed form,
-    and `local_reparametrization` can see it. Sites with constrained support are Gaussians pushed through the bijection
-    onto that support. Every latent is global: one location and one log scale per entry, for the whole of a plate.
+    Unlike `AutoNormal` it samples each Gaussian at the site itself: `TraceMeanField_ELBO` takes its KL to a normal
+    prior in closed form, and `local_reparametrization` can see it. Sites with constrained support are Gaussians pushed
+    through the bijection onto that support. Every latent is global: one mean and one log scale per entry.
 
     Parameters are `loc.<site>` (the means m in unconstrained space) and `log_scale.<site>` (ρ), created at the first
     call, which takes the model's arguments. Nothing of these arguments is kept.
@@ -168,9 +168,11 @@ def _continuous(init_loc_fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def start(site: dict[str, Any]) -> Tensor:
         if site["fn"].support.is_discrete:
+            name = site["name"]
             raise ValueError(
-                f"Latent {site['name']!r} is discrete and MeanField is Gaussian. Sum it out in the model (for a "
-                f"mixture, MixtureSameFamily), or hide it: MeanField(poutine.block(model, hide=[{site['name']!r}]))."
+                f"Latent {name!r} is discrete and MeanField is Gaussian. Sum it out in the model (for a mixture, "
+                f"MixtureSameFamily), or hide it: MeanField(poutine.block(model, hide=[{name!r}])). If it is an "
+                "observation, give its data at the guide's first call."
             )
         return init_loc_fn(site)
 

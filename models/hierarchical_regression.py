@@ -39,7 +39,7 @@ class HierarchicalRegression:
     def __call__(self, x: Tensor, group: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean of each row, shape (num_rows,); group holds int64 numbers of shape (num_rows,)."""
         location = pyro.sample("location", normal_prior(x, self.prior_std, self.num_features))
-        scale_prior = dist.HalfNormal(x.new_tensor(self.scale_prior_std))
+        scale_prior = dist.HalfNormal(x.new_full((), self.scale_prior_std))
         spread = pyro.sample("spread", scale_prior.expand((self.num_features,)).to_event(1))
         noise_std = pyro.sample("noise_std", scale_prior)
         with pyro.plate("groups", self.num_groups):

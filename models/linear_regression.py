@@ -43,5 +43,5 @@ class LinearRegression:
 
     def _noise_std(self, x: Tensor) -> Tensor:
         if self.noise_std is not None:
-            return x.new_tensor(self.noise_std)
-        return pyro.sample("noise_std", dist.HalfNormal(x.new_tensor(self.noise_prior_std)))
+            return x.new_full((), self.noise_std)
+        return pyro.sample("noise_std", dist.HalfNormal(x.new_full((), self.noise_prior_std)))

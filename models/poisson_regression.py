@@ -29,9 +29,9 @@ class PoissonRegression:
     prior_std: float = 1.0
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The log rate of each row, shape (num_rows,)."""
+        """The log rate of each row, shape (num_rows,); y holds counts of any type."""
         weight = pyro.sample("weight", normal_prior(x, self.prior_std, self.num_features))
         log_rate = x @ weight
         with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Poisson(log_rate.exp()), obs=y)
+            pyro.sample("y", dist.Poisson(log_rate.exp()), obs=None if y is None else y.to(x.dtype))
         return log_rate
