@@ -5,7 +5,6 @@ likelihood by row, supports and scales must agree, or the posterior of fewer row
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pyro_forget.data import Batch, Data
-from pyro_forget.effects.guide import Guide, count_normals, run_guide
+from pyro_forget.effects.guide import Guide
 from pyro_forget.effects.parameters import Parametrised
 from pyro_forget.effects.plate import plate_rows
-from pyro_forget.effects.program import Program, Run, over_draws, quiet
+from pyro_forget.effects.program import Program, Run, quiet
 from pyro_forget.effects.run import Answers, Latents
 
 _RTOL = 1e-4
@@ -73,15 +72,15 @@ def check_rows(program: Program, data: Data, latents: Latents, params: Any = Non
         _finite(program, data, answers, params)
 
 
-def latent_names(program: Program, batch: Batch) -> list[str]:
-    """The model's latent sites, in the order of the program."""
+def latent_shapes(program: Program, batch: Batch) -> dict[str, torch.Size]:
+    """The model's latent sites, in the order of the program, and the shapes of their values."""
     with torch.random.fork_rng(), pyro.poutine.block():
         trace = pyro.poutine.trace(lambda: program.model({}, batch.args, batch.kwargs)).get_trace()
-    return [
-        name
+    return {
+        name: node["value"].shape
         for name, node in trace.nodes.items()
         if node["type"] == "sample" and not node["is_observed"] and not _is_bookkeeping(node)
-    ]
+    }
 
 
 class _No(Mapping[str, Tensor]):
@@ -256,20 +255,18 @@ def adopt_guide(guide: Callable[..., Any], data: Data, program: Program) -> Guid
             guide(*batch.args, **batch.kwargs)
 
     parametrised = Parametrised.of(guide, run)
+    adopted = Guide.of(parametrised, program.plate, program.template)
     with quiet(), torch.no_grad():
-        drawn = lambda noise: run_guide(parametrised, {}, program.template, program.plate, noise)  # noqa: E731
-        num_normals = count_normals(drawn)
-        adopted = Guide(parametrised, program.plate, program.template, num_normals)
         _same_latents(adopted, program, batch)
-        if num_normals is not None:
+        if adopted.num_normals is not None:
             _not_amortised(adopted, data, batch)
-        return replace(adopted, vectorised=_vectorises(adopted))
+    return adopted
 
 
 def _same_latents(guide: Guide, program: Program, batch: Batch) -> None:
     with torch.random.fork_rng():
         mine = set(guide.run({}, None).latents)
-    theirs = set(latent_names(program, batch))
+    theirs = set(latent_shapes(program, batch))
     if mine != theirs:
         raise ValueError(
             f"Guide and model differ in their latents: only in the guide {sorted(mine - theirs)}, only in the model "
@@ -288,16 +285,3 @@ def _not_amortised(guide: Guide, data: Data, batch: Batch) -> None:
                     f"The guide draws latent '{name}' from the data: an amortised guide has no parameters of its own "
                     "to edit. Use a guide whose global latents do not read the rows."
                 )
-
-
-def _vectorises(guide: Guide) -> bool:
-    """Whether `vmap` goes through the guide; flows that register modules in the store do not let it."""
-    if not guide.num_normals:
-        return True
-    try:
-        over_draws(
-            lambda drawn: guide.run({}, drawn["noise"]).latents, {"noise": torch.zeros(2, guide.num_normals)}, 2
-        )
-    except (RuntimeError, ValueError):
-        return False
-    return True

@@ -1,10 +1,11 @@
 """An adopted guide: latents and their log density as a function of its parameters and given noise."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro.poutine import block
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_forget.data import Batch
 from pyro_forget.effects.parameters import Parametrised
 from pyro_forget.effects.plate import plate_rows
+from pyro_forget.effects.program import over_draws, quiet
 from pyro_forget.effects.run import Latents
 from pyro_forget.params import Params
 
@@ -62,8 +64,26 @@ class Guide:
     num_normals: int | None
     vectorised: bool = True
 
+    @staticmethod
+    def rebuilt(guide: Callable[..., Any], plate: str, template: Batch, params: Params) -> "Guide":
+        """A guide from its code, the shapes of its call and saved parameters."""
+        with plate_rows(plate, torch.arange(len(template))), block():
+            found = Parametrised.rebuilt(guide, lambda: guide(*template.args, **template.kwargs), params)
+        return Guide.of(found, plate, template)
+
+    @staticmethod
+    def of(guide: Parametrised, plate: str, template: Batch) -> "Guide":
+        """Find out how its noise can be pinned and whether it can be vectorised."""
+        with quiet(), torch.no_grad():
+            params = _trainable(guide.params)
+            num_normals = count_normals(lambda noise: run_guide(guide, params, template, plate, noise))
+            adopted = Guide(guide, plate, template, num_normals)
+            return replace(adopted, vectorised=_vectorises(adopted))
+
     def run(self, params: Params, noise: Tensor | None, batch: Batch | None = None) -> GuideRun:
         """Draw once. `noise` of shape (num_normals,) stands in for every standard normal number; None: torch's RNG."""
+        if not self.vectorised:
+            params = _trainable(self.guide.params | params)
         return run_guide(self.guide, params, batch or self.template, self.plate, noise)
 
 
@@ -93,6 +113,23 @@ def count_normals(run: Callable[[Tensor | None], GuideRun]) -> int | None:
             draws.append(run(noise).latents)
     same = all(torch.equal(draws[0][name], draws[1][name]) for name in draws[0])
     return counter.count if same else None
+
+
+def _vectorises(guide: Guide) -> bool:
+    """Whether `vmap` goes through the guide; flows that register modules in the store do not let it."""
+    if not guide.num_normals:
+        return True
+    noise, params = torch.zeros(2, guide.num_normals), _trainable(guide.guide.params)
+    try:
+        over_draws(lambda drawn: guide.run(params, drawn["noise"]).latents, {"noise": noise}, 2)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _trainable(params: Params) -> Params:
+    """Pyro registers a flow's tensors in its store, and warns about those that need no gradient."""
+    return {name: value if value.requires_grad else value.detach().requires_grad_(True) for name, value in params.items()}
 
 
 class _GuideRecorder(Messenger):

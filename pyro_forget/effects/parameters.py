@@ -62,10 +62,34 @@ class Parametrised:
             program, clone(found | own | fixed), tuple(found | own), limits | _module_constraints(program), tuple(own)
         )
 
+    @staticmethod
+    def rebuilt(program: Callable[..., Any], run: Callable[[], Any], params: Params | None) -> "Parametrised":
+        """Take over a program from code alone, with `params` (None: those it starts with) in place of its tensors.
+
+        Raises:
+            ValueError: its parameters have other names or shapes.
+        """
+        with torch.random.fork_rng():
+            own, limits = _stored(program, run, fresh=True)
+        found, fixed = _module_tensors(program)
+        made = clone(found | own | fixed)
+        if params is not None and {n: v.shape for n, v in params.items()} != {n: v.shape for n, v in made.items()}:
+            raise ValueError(
+                f"{_called(program)} has parameters {sorted(made)}, the file {sorted(params)}, or of other "
+                "shapes: load it with the code it was saved from."
+            )
+        limits |= _module_constraints(program)
+        return Parametrised(program, made | (params or {}), tuple(found | own), limits, tuple(own))
+
     @property
     def params(self) -> Params:
         """The free parameters."""
         return {name: self.tensors[name] for name in self.free}
+
+    @property
+    def fixed(self) -> Params:
+        """The tensors that are not free."""
+        return {name: value for name, value in self.tensors.items() if name not in self.free}
 
     def frozen(self, names: Collection[str]) -> "Parametrised":
         """The same with these names no longer free."""
@@ -130,6 +154,11 @@ def loaded_store(params: Params, limits: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+def unconditioned(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with its observed sites drawn: `Predictive` would hand back the observed values it is given."""
+    return pyro.poutine.uncondition(model)  # type: ignore[no-any-return]
+
+
 def _module_tensors(program: Any) -> tuple[Params, Params]:
     """(free, fixed) tensors of a module; a converted `AutoLaplaceApproximation` keeps loc and scale as buffers."""
     if not isinstance(program, nn.Module):
@@ -152,19 +181,19 @@ def _module_constraints(program: Any) -> dict[str, Any]:
     }
 
 
-def _stored(program: Any, run: Callable[[], Any]) -> tuple[Params, dict[str, Any]]:
+def _stored(program: Any, run: Callable[[], Any], fresh: bool = False) -> tuple[Params, dict[str, Any]]:
     """The store's tensors and constraints that a run touches, apart from those of the program's own modules."""
     store = pyro.get_param_store()
     before = set(store.keys())
     own = f"{program._pyro_name}." if isinstance(program, PyroModule) and program._pyro_name else None
-    with store.scope(store.get_state()), pyro.poutine.trace(param_only=True) as trace:
+    with store.scope(None if fresh else store.get_state()), pyro.poutine.trace(param_only=True) as trace:
         run()
         touched = [name for name in trace.trace.nodes if not (own and name.startswith(own))]
         touched = [name for name in touched if name in store._params]
         params = {name: store._params[name] for name in touched}
         limits = {name: store._constraints[name] for name in touched}
     _refuse_modules(params)
-    if new := sorted(set(touched) - before):
+    if not fresh and (new := sorted(set(touched) - before)):
         raise _never_fitted(program, new)
     return params, limits
 

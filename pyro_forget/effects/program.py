@@ -1,8 +1,8 @@
 """An adopted model: what it says of latents and of a batch's rows, at given parameters and noise."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_forget.data import Batch
 from pyro_forget.effects.parameters import Parametrised
 from pyro_forget.effects.plate import plate_rows
-from pyro_forget.effects.run import Answers, Recorder
+from pyro_forget.effects.run import Answers, Latents, Recorder
 from pyro_forget.effects.site import Site
 from pyro_forget.params import Params
 
@@ -60,6 +60,25 @@ class Program:
     template: Batch
     minibatch_of: int | None = None
 
+    @staticmethod
+    def rebuilt(
+        model: Callable[..., Any],
+        plate: str,
+        indexed: bool,
+        template: Batch,
+        minibatch_of: int | None,
+        free: Collection[str],
+    ) -> "Program":
+        """A program from the model's code and the shapes of its call, without data."""
+        with plate_rows(plate, torch.arange(len(template))), pyro.poutine.block():
+            found = Parametrised.rebuilt(model, lambda: model(*template.args, **template.kwargs), None)
+        kept = found.frozen([name for name in found.free if name not in free])
+        return Program(kept, plate, indexed, template, minibatch_of)
+
+    def with_params(self, params: Params) -> "Program":
+        """The same with these learned parameters in place of those the model was taken over with."""
+        return replace(self, model=replace(self.model, tensors=self.model.tensors | params))
+
     def run(self, batch: Batch, answers: Answers, params: Params | None = None) -> Run:
         """Run the model on a batch; it must be inside `quiet()` when speed matters or torch.func is around."""
         recorder = self.record(batch, answers, params)
@@ -91,3 +110,13 @@ def over_draws(function: Callable[..., Any], batched: Mapping[str, Any], num_dra
         alone = function({name: value[0] for name, value in batched.items()})
         return torch.utils._pytree.tree_map(lambda value: value.unsqueeze(0), alone)
     return torch.func.vmap(function, randomness="error")(dict(batched))
+
+
+def latents_log_likelihood(program: Program, latents: Latents, batch: Batch, params: Params | None = None) -> Tensor:
+    """Log likelihood of each row under each of many draws; shape (draws, rows), nats."""
+
+    def of(drawn: Latents) -> Tensor:
+        return program.run(batch, Answers(drawn), params).log_likelihood()
+
+    with quiet():
+        return over_draws(of, latents, len(next(iter(latents.values()))))  # type: ignore[no-any-return]
