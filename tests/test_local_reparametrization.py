@@ -94,11 +94,12 @@ class Answer(Messenger):
 
     def __init__(self, noise: dict[str, Tensor] | None = None):
         super().__init__()
-        self.noise, self.shapes = noise or {}, {}
+        self.noise, self.shapes, self.weights = noise or {}, {}, {}
 
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"].startswith("_noise_"):
             self.shapes[msg["name"]] = msg["fn"].shape()
+            self.weights[msg["name"]] = msg["infer"]["weights"]
             if msg["name"] in self.noise:
                 msg["value"], msg["done"] = self.noise[msg["name"]], True
 
@@ -151,6 +152,7 @@ def test_noise_has_the_shape_of_the_output_inside_the_data_plate() -> None:
     with Answer() as answer:
         substituted(local_reparametrization(two_layers), gaussians_of_two_layers())(torch.randn(6, 3))
     assert answer.shapes == {"_noise_0": (6, 4), "_noise_1": (6,), "_noise_2": (6,)}
+    assert answer.weights == {"_noise_0": ("first",), "_noise_1": ("second",), "_noise_2": ("intercept",)}
 
 
 DIGITS = SoftmaxRegression(num_features=3, num_classes=3, bias=True)
@@ -382,6 +384,7 @@ def test_a_module_stays_a_module_whose_parameters_learn() -> None:
     with Answer() as answer:
         replayed(model, MeanField(network), x, y)
     assert answer.shapes == {"_noise_0": (20, 2)}, "weight and bias of one layer draw one noise"
+    assert answer.weights == {"_noise_0": ("last.weight", "last.bias")}
 
 
 def test_the_messenger_leaves_the_stack_clean_when_the_model_fails() -> None:
