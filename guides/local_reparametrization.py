@@ -12,7 +12,7 @@ wrapped model is then the plain model, whose rows share one weight as they shoul
 
 References:
     D. P. Kingma, T. Salimans and M. Welling (2015), Variational dropout and the local reparameterization trick,
-    arXiv:1506.02557, section 2.2, equation 6.
+    arXiv:1506.02557, section 2.
 """
 
 from collections.abc import Callable, Collection
