@@ -82,14 +82,15 @@ class Guide:
 
     def run(self, params: Params, noise: Tensor | None, batch: Batch | None = None) -> GuideRun:
         """Draw once. `noise` of shape (num_normals,) stands in for every standard normal number; None: torch's RNG."""
-        if not self.vectorised:
+        if self.vectorised:
+            return run_guide(self.guide, params, batch or self.template, self.plate, noise)
+        asked = torch.is_grad_enabled() and any(value.requires_grad for value in params.values())
+        with torch.set_grad_enabled(asked):
             params = _trainable(self.guide.params | params)
-        return run_guide(self.guide, params, batch or self.template, self.plate, noise)
+            return run_guide(self.guide, params, batch or self.template, self.plate, noise)
 
 
-def run_guide(
-    guide: Parametrised, params: Params, batch: Batch, plate: str, noise: Tensor | None
-) -> GuideRun:
+def run_guide(guide: Parametrised, params: Params, batch: Batch, plate: str, noise: Tensor | None) -> GuideRun:
     """Run a guide on a batch and collect its sites."""
     recorder = _GuideRecorder()
     with plate_rows(plate, torch.arange(len(batch))), recorder:
@@ -129,7 +130,9 @@ def _vectorises(guide: Guide) -> bool:
 
 def _trainable(params: Params) -> Params:
     """Pyro registers a flow's tensors in its store, and warns about those that need no gradient."""
-    return {name: value if value.requires_grad else value.detach().requires_grad_(True) for name, value in params.items()}
+    return {
+        name: value if value.requires_grad else value.detach().requires_grad_(True) for name, value in params.items()
+    }
 
 
 class _GuideRecorder(Messenger):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_forget.data import positions_of
+from pyro_forget.data import MADE_UP, positions_of
 
 BLOCK = 1024
 GAUSS_HERMITE_NODES = 7
@@ -29,11 +29,19 @@ class Noise:
         seed: of everything below.
         pairs: antithetic pairs; 2 · pairs draws in all.
         antithetic: False for `pairs` independent draws without moments, the noise of plain stochastic training.
+        keyed: False for noise that goes by a row's place in its batch: cheaper, and enough where every batch gets a
+            seed of its own.
     """
 
     seed: int = 0
     pairs: int = 1
     antithetic: bool = True
+    keyed: bool = True
+
+    @staticmethod
+    def fresh(seed: int, num_draws: int) -> "Noise":
+        """Independent draws for one batch of stochastic training."""
+        return Noise(seed, num_draws, antithetic=False, keyed=False)
 
     @property
     def num_draws(self) -> int:
@@ -82,8 +90,12 @@ class RowNoise:
 
     def __call__(self, ids: Tensor, like: Tensor) -> Tensor:
         """Shape (num_draws, rows, *shape)."""
-        if int(ids[0]) < 0:
+        if int(ids[0]) == MADE_UP:
             return torch.zeros(self.noise.num_draws, len(ids), *self.shape, dtype=like.dtype, device=like.device)
+        if not self.noise.keyed:
+            generator = seeded(like.device, self.noise.seed, self.site + 1)
+            shape = (self.noise.num_draws, len(ids), *self.shape)
+            return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
         places = positions_of(ids, self.ids, "the posterior")
         blocks, inverse = (places // BLOCK).unique(return_inverse=True)
         drawn = torch.cat([self._block(int(block), like) for block in blocks], dim=1)

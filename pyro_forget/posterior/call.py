@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_forget.data import Batch, Data
+from pyro_forget.data import MADE_UP, Batch, Data
 
 _PREFIX = "call/"
 
@@ -57,5 +57,8 @@ def decode_call(call: Any, tensors: dict[str, Tensor], path: str | Path, data: D
         return content
 
     return Batch(
-        decode(call["args"]), decode(call["kwargs"]), torch.tensor([-1, -1]), torch.zeros(2, dtype=torch.int64)
+        decode(call["args"]),
+        decode(call["kwargs"]),
+        torch.tensor([MADE_UP, MADE_UP]),
+        torch.zeros(2, dtype=torch.int64),
     )
