@@ -9,12 +9,14 @@ import pytest
 import torch
 import xarray as xr
 from arviz_stats import loo
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro_forget.guides import MeanField
 
 from pyro_forget.data import Data
 from pyro_forget.energy import FunctionEnergy
 from pyro_forget.export import ROLES, from_netcdf, join, plain, to_datatree, to_inferencedata, to_netcdf, variants
 from pyro_forget.export.observed import observed
-from pyro_forget.posterior import EnergyPosterior, SampledPosterior
+from pyro_forget.posterior import EnergyPosterior, SampledPosterior, VariationalPosterior
 from tests import requests
 from tests.requests import ERASED, POOR, PRECISION, STEPS, cloud, exact, model, report, request, values, weighted_cloud
 
@@ -315,3 +317,26 @@ def test_neither_arviz_nor_pyplot_is_imported_on_the_way():
     code = "import sys, pyro_forget.page; print('arviz' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def regression(x, y):
+    """Every kind of site: a vector, a positive scalar, and a name that PyroModule would give."""
+    weight = pyro.sample("layer.weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    noise = pyro.sample("noise", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(x @ weight, noise), obs=y)
+
+
+@pytest.mark.parametrize("family", [AutoNormal, AutoMultivariateNormal, AutoDelta, MeanField])
+def test_any_guide_is_exported_in_the_sites_own_shapes(family):
+    """The draws of the two groups are the same ones, although each is drawn on its own."""
+    x, y = torch.randn(20, 3), torch.randn(20)
+    data = Data.of((x, y), batch_size=7)
+    guide = family(regression)
+    guide(x, y)
+    found = to_datatree(VariationalPosterior(regression, guide, data), data, num_draws=30)
+    weight, noise = found["posterior/layer.weight"].values, found["posterior/noise"].values
+    assert (weight.shape, noise.shape) == ((1, 30, 3), (1, 30)) and (noise > 0).all()
+    residual = (y.numpy() - weight @ x.numpy().T) / noise[..., None]
+    expected = -0.5 * residual**2 - np.log(noise[..., None] * np.sqrt(2 * np.pi))
+    np.testing.assert_allclose(found["log_likelihood/y"], expected)
