@@ -4,7 +4,8 @@ A forgetter hands over an `Edit`: the edited posterior and the `Evidence` it gat
 times it, measures what the edit did and builds the `Report`. Evidence is values, not prose: a later judge reads it.
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from pyro_forget.data import Data
@@ -74,6 +75,26 @@ class Evidence:
     ess_input: float | None = None
     step_norm: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def gathered(evidence: Sequence[Evidence]) -> Evidence:
+    """The evidence of chunks erased one after another, as one: sums of what adds up, the last of the rest."""
+    if len(evidence) == 1:
+        return evidence[0]
+    sums = {
+        name: sum(values)
+        if (values := [getattr(part, name) for part in evidence if getattr(part, name) is not None])
+        else None
+        for name in ("num_products", "predicted_fall", "realised_fall", "held_out_fall", "untilted_fall")
+    }
+    return replace(
+        evidence[-1],
+        **sums,
+        sweeps=tuple(sweep for part in evidence for sweep in part.sweeps),
+        warnings=tuple(dict.fromkeys(warning for part in evidence for warning in part.warnings)),
+        stationarity=max((part.stationarity for part in evidence if part.stationarity is not None), default=None),
+        extra={**evidence[-1].extra, "chunks": len(evidence)},
+    )
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,22 @@ def map_params(function: Callable[..., Tensor], *params: Params) -> Params:
 
 
 def add(left: Params, right: Params) -> Params:
-    """left + right."""
+    """Left + right."""
     return map_params(torch.add, left, right)
 
 
 def subtract(left: Params, right: Params) -> Params:
-    """left − right."""
+    """Left − right."""
     return map_params(torch.sub, left, right)
 
 
 def scale(params: Params, factor: float | Tensor) -> Params:
-    """factor · params."""
+    """Factor · params."""
     return map_params(lambda value: value * factor, params)
 
 
 def axpy(factor: float | Tensor, step: Params, params: Params) -> Params:
-    """params + factor · step."""
+    """Params + factor · step."""
     return map_params(lambda value, direction: value + factor * direction, params, step)
 
 

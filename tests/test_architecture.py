@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # In the order in which data flows: a file imports only from files to its left.
 LAYERS = (
-    "params store data effects energy tilt curvature gaussian posterior solvers importance inference evaluation "
+    "params store data importance effects gaussian energy tilt curvature posterior solvers inference evaluation "
     "outcome forgetters attribution forgetting export page cli"
 ).split()
 # Folders of the checkout that the library must not need; `pyro_forget.models` is the folder models.

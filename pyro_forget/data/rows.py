@@ -120,6 +120,19 @@ class Data:
         chosen[self.positions(ids)] = True
         return self._view(self._rows[chosen]), self._view(self._rows[~chosen])
 
+    def join(self, other: "Data") -> "Data":
+        """These rows and those of another split of the same data, in the order of the data.
+
+        Raises:
+            ValueError: the two do not come from the same `Data`, or share a row.
+        """
+        if other._source is not self._source:
+            raise ValueError("Only splits of the same `Data` can be joined: make both with `data.split(ids)`.")
+        rows = torch.cat([self._rows, other._rows]).sort().values
+        if bool((rows.diff() == 0).any()):
+            raise ValueError("The two splits share rows.")
+        return self._view(rows)
+
     def positions(self, ids: Ids) -> Tensor:
         """Where these ids stand among `self.ids`."""
         return positions_of(as_ids(ids), self.ids, "the data")

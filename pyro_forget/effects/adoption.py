@@ -5,6 +5,7 @@ likelihood by row, supports and scales must agree, or the posterior of fewer row
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pyro_forget.data import Batch, Data
 from pyro_forget.effects.guide import Guide
-from pyro_forget.effects.parameters import Parametrised
+from pyro_forget.effects.parameters import NeverFitted, Parametrised, fresh_copy, is_fitted
 from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import Program, Run, quiet
 from pyro_forget.effects.run import Answers, Latents
@@ -180,7 +181,7 @@ def _run_part(program: Program, batch: Batch, answers: Answers, params: Any) -> 
 def _same_scales(whole: Run, part: Run) -> None:
     ratio = whole.num_rows / part.num_rows
     for mine, theirs in _pairs(whole, part):
-        if not mine.is_data or torch.is_tensor(mine.scale) and torch.as_tensor(mine.scale).ndim:
+        if not mine.is_data or (torch.is_tensor(mine.scale) and torch.as_tensor(mine.scale).ndim):
             continue
         first, second = float(mine.scale), float(theirs.scale)
         if ratio != 1 and abs(second - ratio * first) <= _RTOL * abs(second) and first != second:
@@ -260,6 +261,25 @@ def adopt_guide(guide: Callable[..., Any], data: Data, program: Program) -> Guid
         _same_latents(adopted, program, batch)
         if adopted.num_normals is not None:
             _not_amortised(adopted, data, batch)
+    return adopted
+
+
+def start_guide(guide: Callable[..., Any], data: Data, program: Program, seed: int = 0) -> Guide:
+    """Take over a guide to fit it further, or, when it was never fitted, a copy in its first state.
+
+    Raises:
+        ValueError: it draws other latents than the model has.
+    """
+    batch = next(data.batches())
+    if is_fitted(guide):
+        try:
+            return adopt_guide(guide, data, program)
+        except NeverFitted:
+            pass
+    adopted = Guide.rebuilt(fresh_copy(guide), program.plate, batch, None, seed)
+    adopted = replace(adopted, template=program.template)
+    with quiet(), torch.no_grad():
+        _same_latents(adopted, program, batch)
     return adopted
 
 

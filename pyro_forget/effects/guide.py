@@ -15,7 +15,7 @@ from pyro_forget.data import Batch
 from pyro_forget.effects.parameters import Parametrised
 from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import over_draws, quiet
-from pyro_forget.effects.run import Latents
+from pyro_forget.effects.run import Latents, is_subsample
 from pyro_forget.params import Params
 
 
@@ -42,7 +42,7 @@ class GuideRun:
         return {site.name: site.value for site in self.sites if not site.auxiliary}
 
     def log_prob(self) -> Tensor:
-        """log q of the draw, scalar, nats; auxiliary sites and the log-Jacobian of their Deltas included."""
+        """Log q of the draw, scalar, nats; auxiliary sites and the log-Jacobian of their Deltas included."""
         return torch.stack([site.fn.log_prob(site.value).sum() for site in self.sites]).sum()
 
 
@@ -65,9 +65,12 @@ class Guide:
     vectorised: bool = True
 
     @staticmethod
-    def rebuilt(guide: Callable[..., Any], plate: str, template: Batch, params: Params) -> "Guide":
-        """A guide from its code, the shapes of its call and saved parameters."""
-        with plate_rows(plate, torch.arange(len(template))), block():
+    def rebuilt(
+        guide: Callable[..., Any], plate: str, template: Batch, params: Params | None, seed: int = 0
+    ) -> "Guide":
+        """A guide from its code, the call it is first made with, and saved parameters (None: its first ones)."""
+        with plate_rows(plate, torch.arange(len(template))), block(), torch.random.fork_rng():
+            torch.manual_seed(seed)
             found = Parametrised.rebuilt(guide, lambda: guide(*template.args, **template.kwargs), params)
         return Guide.of(found, plate, template)
 
@@ -148,7 +151,8 @@ class _GuideRecorder(Messenger):
 
     def _postprocess_message(self, msg: Any) -> None:
         infer = msg["infer"] or {}
-        if msg["type"] == "sample" and not infer.get("_do_not_trace") and not infer.get("_deterministic"):
+        kept = msg["type"] == "sample" and not is_subsample(msg)
+        if kept and not infer.get("_do_not_trace") and not infer.get("_deterministic"):
             auxiliary = bool(infer.get("is_auxiliary"))
             self.sites.append(GuideSite(msg["name"], msg["fn"], msg["value"], auxiliary, msg["cond_indep_stack"]))
 

@@ -69,8 +69,7 @@ class Parametrised:
         Raises:
             ValueError: its parameters have other names or shapes.
         """
-        with torch.random.fork_rng():
-            own, limits = _stored(program, run, fresh=True)
+        own, limits = _stored(program, run, fresh=True)
         found, fixed = _module_tensors(program)
         made = clone(found | own | fixed)
         if params is not None and {n: v.shape for n, v in params.items()} != {n: v.shape for n, v in made.items()}:
@@ -199,13 +198,27 @@ def _stored(program: Any, run: Callable[[], Any], fresh: bool = False) -> tuple[
 
 
 def _refuse_unfitted(program: Any) -> None:
-    if isinstance(program, AutoGuide) and program.prototype_trace is None and not list(program.parameters()):
+    if not is_fitted(program):
         raise _never_fitted(program, [])
 
 
-def _never_fitted(program: Any, new: list[str]) -> ValueError:
+class NeverFitted(ValueError):
+    """A program whose parameters were never made."""
+
+
+def is_fitted(program: Any) -> bool:
+    """Whether an autoguide has parameters; of other programs only a run can tell."""
+    return not isinstance(program, AutoGuide) or program.prototype_trace is not None or bool(list(program.parameters()))
+
+
+def fresh_copy(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A module of its own that can be initialised; functions keep their parameters in the store."""
+    return _deep_copy(program, ()) if isinstance(program, nn.Module) else program
+
+
+def _never_fitted(program: Any, new: list[str]) -> NeverFitted:
     made = f": its first run made the parameters {new}" if new else ": it has no parameters yet"
-    return ValueError(
+    return NeverFitted(
         f"{_called(program)} was never fitted{made}. Fit it first (Pyro's SVI, or `fit_guide`), in the same process "
         "and without clearing the parameter store in between."
     )

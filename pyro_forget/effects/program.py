@@ -70,7 +70,7 @@ class Program:
         free: Collection[str],
     ) -> "Program":
         """A program from the model's code and the shapes of its call, without data."""
-        with plate_rows(plate, torch.arange(len(template))), pyro.poutine.block():
+        with plate_rows(plate, torch.arange(len(template))), pyro.poutine.block(), torch.random.fork_rng():
             found = Parametrised.rebuilt(model, lambda: model(*template.args, **template.kwargs), None)
         kept = found.frozen([name for name in found.free if name not in free])
         return Program(kept, plate, indexed, template, minibatch_of)

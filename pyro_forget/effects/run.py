@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -32,6 +33,11 @@ class Answers:
     noise: Mapping[str, Tensor] | None = None
 
 
+def is_subsample(msg: Any) -> bool:
+    """Whether this is the site by which a plate draws its own indices."""
+    return isinstance(msg["fn"], _Subsample)
+
+
 class Recorder(Messenger):
     """Answers latents and noise, collects every site, and stops: nothing outside sees the run.
 
@@ -45,10 +51,11 @@ class Recorder(Messenger):
         self.sites: list[Site] = []
         self.log_det: Tensor | float = 0.0
         self.noise_shapes: dict[str, torch.Size] = {}
+        self.local_sites: set[str] = set()
         self.missing: list[str] = []
 
     def _process_message(self, msg: Any) -> None:
-        if msg["type"] != "sample":
+        if msg["type"] != "sample" or is_subsample(msg):
             return
         infer = msg["infer"] or {}
         if infer.get("_do_not_trace"):
@@ -81,5 +88,6 @@ class Recorder(Messenger):
             return
         name = msg["name"]
         self.noise_shapes[name] = msg["fn"].shape()
+        self.local_sites.update(msg["infer"].get("weights", ()))
         if self.answers.noise is not None:
             msg["value"], msg["done"] = self.answers.noise[name], True

@@ -1,5 +1,6 @@
 """Energies: functions of parameters whose minimiser is the posterior of the data, in nats for the whole data set."""
 
+from pyro_forget.energy.coordinates import CoordinateEnergy, coordinates_of, gaussian_of, loc_part, scale_part
 from pyro_forget.energy.gaussian import GaussianEnergy
 from pyro_forget.energy.protocol import (
     Energy,
@@ -13,12 +14,17 @@ from pyro_forget.energy.sampled import SampledEnergy
 from pyro_forget.energy.variational import VariationalEnergy, variational_energy
 
 __all__ = [
+    "CoordinateEnergy",
     "Energy",
     "FunctionEnergy",
     "GaussianEnergy",
     "SampledEnergy",
     "VariationalEnergy",
+    "coordinates_of",
+    "gaussian_of",
     "gradient_over",
+    "loc_part",
+    "scale_part",
     "share_of",
     "total_of_parts",
     "value_and_gradient",

@@ -45,6 +45,7 @@ class GaussianEnergy:
         conjugate: sites whose prior term is closed-form.
         local: sites that the model treats as distributions (local reparametrisation).
         row_shapes: shape of the auxiliary noise of one row, by site; empty without local reparametrisation.
+        has_fisher: whether every data site is a distribution; a factor has no Fisher matrix.
         model_params: learned parameters of the model that are held fixed here.
     """
 
@@ -55,6 +56,7 @@ class GaussianEnergy:
     conjugate: Mapping[str, Conjugate]
     local: frozenset[str]
     row_shapes: Mapping[str, torch.Size]
+    has_fisher: bool = True
     model_params: Params = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,10 +102,21 @@ class GaussianEnergy:
             found = over_draws(function, values, self.noise.num_draws)
         return torch.einsum("s,s...->...", self.noise.weights(found), found)
 
-    def over_noise(
-        self, gaussian: Gaussian, batch: Batch, function: Callable[[Run], Any]
+    def expected_parts(
+        self, gaussian: Gaussian, function: Callable[[Params], tuple[Any, Tensor]]
     ) -> tuple[Any, Tensor]:
-        """(`function(run)` for every draw along a leading dim, the draws' weights)."""
+        """(first parts of every draw along a leading dim, mean over the draws of the second part)."""
+        with quiet():
+            parts, scalar = over_draws(function, gaussian.at(self._normal(gaussian)), self.noise.num_draws)
+        return parts, scalar.mean()
+
+    def over_noise(
+        self, gaussian: Gaussian, batch: Batch, function: Callable[[Run], Any], one_by_one: bool = False
+    ) -> tuple[Any, Tensor]:
+        """(`function(run)` for every draw along a leading dim, the draws' weights).
+
+        `one_by_one` for what `torch.func.vmap` cannot do, such as sampling.
+        """
         batched, weights = self._noise_of(gaussian, batch)
         local = {name: (gaussian.loc[name], gaussian.deviation(name)) for name in self.local}
 
@@ -114,6 +127,9 @@ class GaussianEnergy:
             return function(self.program.run(batch, answers, self.model_params))
 
         with quiet():
+            if one_by_one:
+                each = [over_draws(of, {n: v[s : s + 1] for n, v in batched.items()}, 1) for s in range(len(weights))]
+                return torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *each), weights
             return over_draws(of, batched, len(weights)), weights
 
     def run_prior(self, values: Params) -> Run:

@@ -33,6 +33,14 @@ class Energy(Protocol):
         """The same under other pinned noise; a deterministic energy returns itself."""
         ...
 
+    def with_fresh_noise(self, seed: int, num_draws: int) -> Self:
+        """The same under independent draws for one batch, the noise of stochastic methods."""
+        ...
+
+    def estimate(self, params: Params, batch: Batch, num_data: int) -> Tensor:
+        """F(γ, S) estimated with the batch standing for all `num_data` rows, scalar, nats."""
+        ...
+
     @staticmethod
     def from_functions(
         total: Callable[[Params, Batch], Tensor], share: Callable[[Params, Batch], Tensor]
@@ -82,6 +90,19 @@ class FunctionEnergy:
         """The same under other noise, where `noise_of` says how."""
         return self if self.noise_of is None else self.noise_of(seed, pairs)
 
+    def with_fresh_noise(self, seed: int, num_draws: int) -> "FunctionEnergy":
+        """The same as `with_noise`: hand-written energies know one kind."""
+        return self.with_noise(seed, num_draws)
+
+    def estimate(self, params: Params, batch: Batch, num_data: int) -> Tensor:
+        """F(γ, S) estimated with the batch standing for all `num_data` rows, scalar, nats."""
+        return self.total_of(params, batch) + (num_data / len(batch) - 1) * self.share_of(params, batch)
+
+
+def estimate_of_parts(energy: Energy, params: Params, batch: Batch, num_data: int) -> Tensor:
+    """prior(γ) + num_data / rows · share(γ, batch), derived once for all energies that have the parts."""
+    return energy.prior(params) + num_data / len(batch) * energy.share(params, batch)
+
 
 def total_of_parts(energy: Energy, params: Params, data: Data) -> Tensor:
     """prior(γ) + Σ share(γ, batch) in float64, derived once for all energies that have the parts."""
@@ -108,9 +129,7 @@ def value_and_gradient(function: Callable[[Params], Tensor], params: Params) -> 
     return _finite(value), dict(zip(leaves, found, strict=True))
 
 
-def gradient_over(
-    function: Callable[[Params, Batch], Tensor], params: Params, data: Data
-) -> tuple[float, Params]:
+def gradient_over(function: Callable[[Params, Batch], Tensor], params: Params, data: Data) -> tuple[float, Params]:
     """(Σ f(γ, batch), its gradient), one batch's graph at a time."""
 
     def of(batch: Batch) -> tuple[Tensor, Params]:

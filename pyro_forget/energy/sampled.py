@@ -8,7 +8,7 @@ from torch import Tensor
 from pyro_forget.data import Batch, Data
 from pyro_forget.effects.program import Program, over_draws, quiet
 from pyro_forget.effects.run import Answers, Latents
-from pyro_forget.energy.protocol import total_of_parts
+from pyro_forget.energy.protocol import estimate_of_parts, total_of_parts
 from pyro_forget.params import Params, add
 
 
@@ -48,18 +48,31 @@ class SampledEnergy:
         """Itself: draws are all its noise."""
         return self
 
+    def with_fresh_noise(self, seed: int, num_draws: int) -> "SampledEnergy":
+        """The energy of `num_draws` of the cloud's draws, chosen at random."""
+        if self.origin is None:
+            return self
+        flat = {name: value.reshape(-1, *self.shapes[name]) for name, value in self.origin.items()}
+        count = len(next(iter(flat.values())))
+        chosen = torch.randint(count, (1, num_draws), generator=torch.Generator().manual_seed(seed))
+        return self.shifted({name: value[chosen] for name, value in flat.items()})
+
+    def estimate(self, params: Params, batch: Batch, num_data: int) -> Tensor:
+        """F(γ, S) estimated with the batch standing for all `num_data` rows, scalar, nats."""
+        return estimate_of_parts(self, params, batch, num_data)
+
     def cloud(self, params: Params) -> Params:
         """The draws that γ stands for, (chain, draw, *site)."""
         return params if self.origin is None else add(self.origin, params)
 
     def log_joint(self, cloud: Params, data: Data) -> Tensor:
-        """log p(θ, data) + log |dθ/du| of every draw, shape (chain, draw), nats, float64."""
+        """Log p(θ, data) + log |dθ/du| of every draw, shape (chain, draw), nats, float64."""
         return data.reduce(
             lambda batch: self.log_likelihood_of(cloud, batch).double().sum(-1), start=self.log_prior(cloud).double()
         )
 
     def log_prior(self, cloud: Params) -> Tensor:
-        """log p(θ) + log |dθ/du| of every draw, shape (chain, draw)."""
+        """Log p(θ) + log |dθ/du| of every draw, shape (chain, draw)."""
         template = self.program.template
         return self._over(
             cloud, lambda values: self.program.run(template, Answers(values, unconstrained=True)).log_prior()

@@ -15,7 +15,7 @@ from pyro_forget.effects.program import Program, over_draws, quiet
 from pyro_forget.effects.run import Answers, Latents
 from pyro_forget.effects.site import Site
 from pyro_forget.energy.gaussian import Conjugate, GaussianEnergy
-from pyro_forget.energy.protocol import total_of_parts
+from pyro_forget.energy.protocol import estimate_of_parts, total_of_parts
 from pyro_forget.gaussian import GaussianGuide, gaussian_guide
 from pyro_forget.params import Params, map_params
 
@@ -58,7 +58,15 @@ class VariationalEnergy:
 
     def with_noise(self, seed: int, pairs: int | None = None) -> "VariationalEnergy":
         """The same under other noise; `pairs` None keeps their number."""
-        return self.under(replace(self.noise, seed=seed, pairs=pairs or self.noise.pairs, antithetic=True))
+        return self.under(Noise(seed, pairs or self.noise.pairs))
+
+    def with_fresh_noise(self, seed: int, num_draws: int) -> "VariationalEnergy":
+        """The same under independent draws for one batch, the noise of stochastic methods."""
+        return self.under(Noise.fresh(seed, num_draws))
+
+    def estimate(self, params: Params, batch: Batch, num_data: int) -> Tensor:
+        """F(γ, S) estimated with the batch standing for all `num_data` rows, scalar, nats."""
+        return estimate_of_parts(self, params, batch, num_data)
 
     def under(self, noise: Noise) -> "VariationalEnergy":
         """The same under exactly this noise."""
@@ -158,7 +166,8 @@ def variational_energy(program: Program, guide: Guide, ids: Tensor) -> Variation
         size = guide.num_normals or 0
         noise = Noise(pairs=default_pairs(0 if local == set(transforms) else size, row_shapes))
         known = _conjugate_sites(program, view, latents)
-        energy = GaussianEnergy(program, view, ids, noise, known, local, row_shapes)
+        factors = any(type(site.fn).__name__ == "Unit" for site in sites if site.is_data)
+        energy = GaussianEnergy(program, view, ids, noise, known, local, row_shapes, not factors)
         return VariationalEnergy(energy, GuideEnergy(program, guide, noise, view))
 
 
@@ -195,7 +204,7 @@ def _local_sites(
             f"Local reparametrisation found {len(wrong)} layers whose output has no row for each datum in front. Its "
             "noise belongs to rows: put the data dim first."
         )
-    return (view.at_site if shapes else frozenset()), shapes
+    return view.at_site & recorder.local_sites, shapes
 
 
 def _conjugate_sites(program: Program, view: GaussianGuide, latents: Latents) -> dict[str, Conjugate]:
@@ -239,5 +248,3 @@ class _Zeros(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         return torch.zeros(())
-
-

@@ -129,7 +129,7 @@ class SampledPosterior:
             return data.gather(lambda batch: self.energy.log_likelihood_of(self.params, batch))
 
     def log_joint(self, params: Params, data: Data) -> Tensor:
-        """log p(θ, data) of unconstrained draws, log-Jacobian included; shape (chain, draw), nats, float64."""
+        """Log p(θ, data) of unconstrained draws, log-Jacobian included; shape (chain, draw), nats, float64."""
         return self.energy.log_joint(params, data)
 
     def predictive(self, num_samples: int | None = None) -> Predictive:

@@ -11,7 +11,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from pyro_forget.data import Batch, Data
-from pyro_forget.effects.adoption import adopt_guide, adopt_model, check_rows
+from pyro_forget.effects.adoption import adopt_guide, adopt_model, check_rows, start_guide
 from pyro_forget.effects.guide import Guide
 from pyro_forget.effects.parameters import loaded_store, unconditioned
 from pyro_forget.effects.program import Program, latents_log_likelihood, over_draws, quiet
@@ -60,6 +60,27 @@ class VariationalPosterior:
         check_rows(program, data, first_draw(adopted).latents)
         self._assemble(program, adopted, data.ids)
         _every_entry_matters(self.energy, self.params, next(data.batches()))
+
+    @staticmethod
+    def started(
+        model: Callable[..., Any], guide: Callable[..., Any], data: Data, *, plate: str = "data", seed: int = 0
+    ) -> "VariationalPosterior":
+        """The posterior that a fit starts from: the guide as it is, or, never fitted, as it is first made.
+
+        The user's guide and the parameter store are left as they were.
+        """
+        program = adopt_model(model, data, plate)
+        adopted = start_guide(guide, data, program, seed)
+        check_rows(program, data, first_draw(adopted).latents)
+        posterior = object.__new__(VariationalPosterior)
+        posterior._assemble(program, adopted, data.ids)
+        return posterior
+
+    def with_params(self, params: Params) -> "VariationalPosterior":
+        """The same rows, other parameters, no parent: a fit, not an edit."""
+        new = self.edited(params, self.ids)
+        new.parent = None
+        return new
 
     def _assemble(self, program: Program, guide: Guide, ids: Tensor) -> None:
         self.energy: VariationalEnergy = variational_energy(program, guide, ids)

@@ -1,0 +1,166 @@
+"""A sampled posterior seen as one matrix of draws, with its log densities and their derivatives there."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from arviz_stats.base import array_stats
+from torch import Tensor
+
+from pyro_forget.data import Data
+from pyro_forget.energy import SampledEnergy, gradient_over, value_and_gradient
+from pyro_forget.importance import normalise, systematic_resample
+from pyro_forget.params import Params
+from pyro_forget.posterior import Posterior, SampledPosterior
+
+_NUMBERS_AT_ONCE = 1 << 19  # draws times dimensions evaluated in one pass: what a batch adds to it stays in memory
+_MOST_DRAWS_AT_ONCE = 4096
+_COORDINATES_CHECKED = 32  # of R-hat and ESS, 1 ms each; evenly spaced
+_GOOD_RHAT, _GOOD_ESS = 1.01, 400  # Vehtari, Gelman, Simpson, Carpenter and Bürkner (2021), section 4
+
+BLIND_SPOT = (
+    "The weights compare the moved draws with the density that the draws were meant to follow: they cannot see a "
+    "sampler's own bias, nor a mode that no draw has visited."
+)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The draws of a posterior in unconstrained space, one row each, chain after chain."""
+
+    posterior: SampledPosterior
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """(draw, d), float64."""
+        return self._flat({name: value.detach() for name, value in self.posterior.params.items()})
+
+    @property
+    def log_weights(self) -> Tensor:
+        """(draw,), normalised; equal where the posterior has none."""
+        weights = self.posterior.log_weights
+        if weights is None:
+            return torch.full_like(self.matrix[:, 0], -math.log(len(self.matrix)))
+        return normalise(weights.detach()).flatten().to(self.matrix.device)
+
+    def params(self, matrix: Tensor, lead: tuple[int, ...] | None = None) -> Params:
+        """Rows as a cloud (1, draw, *site), or with the leading shape that is given."""
+        lead = (1, len(matrix)) if lead is None else lead
+        columns = self._columns()
+        pieces = matrix.split([value[0, 0].numel() for value in columns.values()], dim=-1)
+        return {
+            name: piece.reshape(*lead, *self.posterior.params[name].shape[2:]).to(value.dtype)
+            for (name, value), piece in zip(columns.items(), pieces, strict=True)
+        }
+
+    def shift(self, vector: Tensor) -> Params:
+        """A vector (d,) as a common shift of all draws, each site of its own shape."""
+        return {name: value[0] for name, value in self.params(vector[None], (1,)).items()}
+
+    def vector(self, shift: Params) -> Tensor:
+        """The inverse of `shift`, float64."""
+        return torch.cat([shift[name].detach().double().reshape(-1) for name in self._columns()])
+
+    def log_joint(self, matrix: Tensor, data: Data) -> Tensor:
+        """Log p(θ, data) of each row, log-Jacobian included; (draw,), nats."""
+        return self._by_rows(lambda rows: self.posterior.log_joint(self.params(rows), data), matrix)
+
+    def log_likelihood(self, data: Data) -> Tensor:
+        """Log p(data | θ) of each draw, (draw,), nats."""
+        energy = self.posterior.energy
+
+        def of(rows: Tensor) -> Tensor:
+            cloud = self.params(rows)
+            start = torch.zeros(1, len(rows), dtype=torch.float64, device=rows.device)
+            return data.reduce(lambda batch: energy.log_likelihood_of(cloud, batch).double().sum(-1), start=start)
+
+        return self._by_rows(of, self.matrix)
+
+    def force(self, data: Data) -> Tensor:
+        """Σ ∇h at each draw: minus the gradient of its log likelihood of `data`, (draw, d)."""
+        energy = self.posterior.energy
+        return self._gradients(lambda cloud: gradient_over(energy.share, cloud, data)[1])
+
+    def mean_gradient(self, data: Data) -> Tensor:
+        """The gradient of F(γ, data) in the common shift γ, at 0, over all draws; (d,)."""
+        prior = self._gradients(lambda cloud: value_and_gradient(self.posterior.energy.prior, cloud)[1])
+        return self.log_weights.exp() @ (prior + self.force(data))
+
+    def mean_energy(self, num_draws: int) -> SampledEnergy:
+        """The energy of some of the draws as a function of their common shift."""
+        chosen = systematic_resample(self.log_weights, min(num_draws, len(self.matrix)))
+        return self.posterior.energy.shifted(self.params(self.matrix[chosen]))
+
+    def edited(self, matrix: Tensor, ids: Tensor, log_weights: Tensor | None) -> SampledPosterior:
+        """The posterior of moved rows in chain order."""
+        lead = self.posterior.shape
+        weights = None if log_weights is None else log_weights.reshape(lead)
+        return self.posterior.edited(self.params(matrix, lead), ids, weights)
+
+    def step_norm(self, matrix: Tensor) -> dict[str, float]:
+        """How far the draws moved, by site: the root mean square over the draws of the Euclidean length."""
+        moved = self.params(matrix - self.matrix)
+        return {name: float(value.double().norm()) / math.sqrt(len(matrix)) for name, value in moved.items()}
+
+    def _columns(self) -> Params:
+        """Sites of at least one number; a model may have empty ones."""
+        return {name: value for name, value in self.posterior.params.items() if value.numel()}
+
+    def _flat(self, cloud: Params) -> Tensor:
+        pieces = [cloud[name].double() for name in self._columns()]
+        return torch.cat([piece.reshape(piece.shape[0] * piece.shape[1], -1) for piece in pieces], 1)
+
+    def _gradients(self, gradient: Callable[[Params], Params]) -> Tensor:
+        """Of each draw, from the gradient of a mean over draws."""
+        return torch.cat([len(rows) * self._flat(gradient(self.params(rows))) for rows in self._chunks(self.matrix)])
+
+    def _chunks(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        size = min(_MOST_DRAWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // max(1, matrix.shape[1])))
+        return matrix.split(size)
+
+    def _by_rows(self, function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([function(rows).double().flatten() for rows in self._chunks(matrix)])
+
+
+def cloud_of(posterior: Posterior, method: str) -> Cloud:
+    """The draws of a sampled posterior.
+
+    Raises:
+        ValueError: it is another kind of posterior.
+    """
+    if not isinstance(posterior, SampledPosterior):
+        raise ValueError(
+            f"{method} edits draws, got a {type(posterior).__name__}: "
+            "pass a SampledPosterior, or forget by influence instead."
+        )
+    return Cloud(posterior)
+
+
+def input_health(posterior: SampledPosterior) -> tuple[float | None, float | None]:
+    """(largest R-hat, smallest bulk ESS) of the draws as they came; a single chain is cut in two. None if too short."""
+    matrix = Cloud(posterior).matrix
+    columns = torch.linspace(0, matrix.shape[1] - 1, min(matrix.shape[1], _COORDINATES_CHECKED)).round().long()
+    chains = matrix[:, columns].T.reshape(len(columns), *posterior.shape).cpu().numpy()
+    if chains.shape[2] < 8:
+        return None, None
+    if chains.shape[1] == 1:
+        half = chains.shape[2] // 2
+        chains = chains[:, :, : 2 * half].reshape(len(chains), 2, half)
+    with np.errstate(all="ignore"):
+        rhat = array_stats.rhat(chains, chain_axis=1, draw_axis=2)
+        ess = array_stats.ess(chains, chain_axis=1, draw_axis=2)
+    finite = [float(value) for value in rhat if np.isfinite(value)]  # a coordinate that never moves has none
+    return max(finite, default=None), float(ess.min()) if np.isfinite(ess).all() else None
+
+
+def health_warnings(rhat: float | None, ess: float | None) -> tuple[str, ...]:
+    """What is wrong with the draws before anything is forgotten."""
+    shown = [f"R-hat {rhat:.3f}"] if rhat is not None and rhat >= _GOOD_RHAT else []
+    shown += [f"an effective sample size of {ess:.0f}"] if ess is not None and ess < _GOOD_ESS else []
+    if not shown:
+        return ()
+    return (f"The draws came with {' and '.join(shown)}: forgetting carries their error over. Sample longer first.",)

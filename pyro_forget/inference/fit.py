@@ -1,0 +1,140 @@
+"""Fitting a guide, for those who have no SVI run yet, and refitting it through the same energy that forgetting edits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_forget.data import Data
+from pyro_forget.energy import Energy, value_and_gradient
+from pyro_forget.inference.lbfgs import LBFGS
+from pyro_forget.params import Params, clone
+from pyro_forget.posterior import VariationalPosterior
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted guide.
+
+    Attributes:
+        posterior: it.
+        losses: the estimated energy of every step, then of every iteration of the polish, nats.
+        gradient_norm: Euclidean norm of the energy's gradient after the polish, under its noise; None without one.
+    """
+
+    posterior: VariationalPosterior
+    losses: Tensor
+    gradient_norm: float | None
+
+
+def fit_guide(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Data,
+    *,
+    plate: str = "data",
+    num_steps: int = 2000,
+    learning_rate: float = 0.01,
+    batch_size: int | None = None,
+    num_draws: int = 1,
+    patience: int | None = None,
+    polish: str | None = "lbfgs",
+    polish_pairs: int | None = None,
+    polish_gradient: float = 1e-4,
+    polish_steps: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Fit:
+    """Fit a guide by Adam, then polish it by L-BFGS on pinned noise with exact moments.
+
+    Goes through the plate override, so a model with a hard-coded number of data can be fitted to fewer. The guide
+    itself is not changed; one that was fitted before is where the fit starts.
+
+    Args:
+        model: the Pyro model.
+        guide: any guide that `VariationalPosterior` takes, fitted or not.
+        data: the rows to fit.
+        plate: the data plate.
+        num_steps: Adam steps; 0 for the polish alone.
+        learning_rate: of Adam, decaying to zero by a cosine.
+        batch_size: rows a step; all of them by default.
+        num_draws: draws a step.
+        patience: stop when the running loss has not fallen for so many steps.
+        polish: "lbfgs", or None for Adam alone.
+        polish_pairs: antithetic pairs of the pinned noise; None for enough to have exact moments.
+        polish_gradient: gradient norm to reach.
+        polish_steps: L-BFGS iterations at most.
+        seed: of initial values, batches and noise.
+        progress: show a bar.
+
+    Raises:
+        ValueError: model, guide or data cannot be taken over, or the energy stops being finite.
+    """
+    if polish not in ("lbfgs", None):
+        raise ValueError(f"`polish` must be 'lbfgs' or None, got {polish!r}.")
+    posterior = VariationalPosterior.started(model, guide, data, plate=plate, seed=seed)
+    params, losses = adam(
+        posterior.energy,
+        posterior.params,
+        data,
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        num_draws=num_draws,
+        patience=patience,
+        seed=seed,
+        progress=progress,
+    )
+    norm = None
+    if polish is not None:
+        energy = posterior.energy.with_noise(2**20 + seed, polish_pairs)
+        minimum = LBFGS(polish_steps, polish_gradient, progress).minimise(energy, params, data)
+        params, norm = minimum.params, minimum.gradient_norm
+        losses = torch.cat([losses, minimum.losses])
+    return Fit(posterior.with_params(params), losses, norm)
+
+
+def adam(
+    energy: Energy,
+    params: Params,
+    data: Data,
+    *,
+    num_steps: int,
+    learning_rate: float,
+    batch_size: int | None = None,
+    num_draws: int = 1,
+    patience: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Params, Tensor]:
+    """(params after Adam on fresh batches and noise, the loss of every step)."""
+    leaves = {name: value.detach().clone().requires_grad_(True) for name, value in params.items()}
+    optimiser = torch.optim.Adam(leaves.values(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(num_steps, 1))
+    generator = torch.Generator().manual_seed(seed)
+    batches = data.minibatches(batch_size or data.num_data, generator)
+    losses: list[float] = []
+    with tqdm(range(num_steps), desc="fit", disable=not progress or not num_steps) as bar:
+        for step in bar:
+            fresh = energy.with_fresh_noise(seed * 1_000_003 + step, num_draws)
+            batch = next(batches)
+            loss, gradient = value_and_gradient(lambda now: fresh.estimate(now, batch, data.num_data), leaves)  # noqa: B023
+            for name, leaf in leaves.items():
+                leaf.grad = gradient[name]
+            optimiser.step()
+            schedule.step()
+            losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            if patience is not None and _stalled(losses, patience):
+                break
+    return clone(leaves), torch.tensor(losses, dtype=torch.float64)
+
+
+def _stalled(losses: list[float], patience: int) -> bool:
+    """Whether the mean over the last `patience` steps is no lower than over those before."""
+    if len(losses) < 2 * patience or len(losses) % patience:
+        return False
+    return sum(losses[-patience:]) >= sum(losses[-2 * patience : -patience])

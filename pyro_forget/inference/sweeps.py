@@ -1,0 +1,176 @@
+"""Block Gauss-Seidel on the tilted retained energy of a Gaussian guide: sweeps of location, then scale."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from pyro_forget.curvature import LinearOperator
+from pyro_forget.curvature.gauss_newton import GaussNewton
+from pyro_forget.energy import CoordinateEnergy, gaussian_of, loc_part
+from pyro_forget.energy.coordinates import LOC
+from pyro_forget.gaussian import Gaussian
+from pyro_forget.inference.location import Step, best_step, krylov, moved
+from pyro_forget.inference.scale import scale_step
+from pyro_forget.params import Params, dot, norm, size, subtract
+from pyro_forget.solvers.lanczos import KrylovSpace
+from pyro_forget.tilt import TiltedEnergy, total_and_gradient
+
+GROWTH = 2.0
+ENOUGH = 0.01
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep that was kept; either part may have had nothing to do."""
+
+    location: Step | None
+    scale: Step | None
+    num_products: int
+
+    @property
+    def fall(self) -> float:
+        """Realised fall of the tilted energy under the sweep's own noise, nats."""
+        return sum(step.realised for step in (self.location, self.scale) if step is not None)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where the sweeps ended.
+
+    Attributes:
+        params: coordinates; the origin's where nothing was accepted.
+        sweeps: those that were kept.
+        ended: why they ended: "converged", "diverging", "nothing accepted", "max_sweeps".
+        first: the Krylov space of the first sweep, whose force is the request itself.
+    """
+
+    params: Params
+    sweeps: tuple[Sweep, ...]
+    ended: str
+    first: KrylovSpace
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """The rule for sweeps.
+
+    Attributes:
+        max_sweeps: at most so many; one is the influence function with its scale.
+        num_products: Gauss-Newton products of a sweep's Krylov space.
+    """
+
+    max_sweeps: int = 6
+    num_products: int = 20
+
+    def run(self, pair: tuple[TiltedEnergy, TiltedEnergy]) -> Descent:
+        """Sweep from the tilt's origin; `pair` is the tilted energy under the steps' and under held-out noise."""
+        params, sweeps = pair[0].origin, list[Sweep]()
+        values = pair[0].at_origin, pair[1].at_origin
+        gradient = subtract(pair[0].tilt, pair[0].share)
+        first: KrylovSpace | None = None
+        ended = "max_sweeps"
+        for number in range(self.max_sweeps):
+            space, products = self._space(pair[0], params, gradient)
+            first = first or space
+            if number and (stop := ending(space, sweeps, pair[0])):
+                ended = stop
+                break
+            sweep, params, values = _sweep(pair, params, values, gradient, space, products)
+            if sweep is None:
+                ended = "converged" if space.predicted_fall() <= tolerance(pair[0]) else "nothing accepted"
+                break
+            sweeps.append(sweep)
+            if number + 1 < self.max_sweeps:
+                _, gradient = total_and_gradient(pair[0].energy, params, pair[0].retained)
+        return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first))
+
+    def _space(self, tilted: TiltedEnergy, params: Params, gradient: Params) -> tuple[KrylovSpace, int]:
+        curvature = location_curvature(tilted, params)
+        force = subtract(loc_part(tilted.tilt), loc_part(gradient))
+        gaussian = gaussian_of(params)
+        space = krylov(curvature, force, (gaussian.root, gaussian.root_transposed), self.num_products)
+        return space, space.num_steps
+
+
+def location_curvature(tilted: TiltedEnergy, params: Params) -> LinearOperator:
+    """C at these coordinates, over the retained data and under the steps' noise."""
+    energy = cast(CoordinateEnergy, tilted.energy)
+    return GaussNewton(energy.gaussian, gaussian_of(params), tilted.retained)
+
+
+def tolerance(tilted: TiltedEnergy) -> float:
+    """A predicted fall that is as good as none, nats."""
+    eps = torch.finfo(next(iter(tilted.origin.values())).dtype).eps
+    return max(1e-9, 10 * eps) * max(1.0, abs(tilted.at_origin))
+
+
+def ending(space: KrylovSpace, sweeps: list[Sweep], tilted: TiltedEnergy) -> str | None:
+    """Why no further step is due: done, or growing where it should shrink; None where one is."""
+    predicted = space.predicted_fall()
+    if not sweeps:
+        return "converged" if space.smallest_ritz > 0 and predicted <= tolerance(tilted) else None
+    if predicted > GROWTH * sweeps[-1].fall:
+        return "diverging"
+    return "converged" if predicted <= ENOUGH * sum(sweep.fall for sweep in sweeps) else None
+
+
+def _sweep(
+    pair: tuple[TiltedEnergy, TiltedEnergy],
+    params: Params,
+    values: tuple[float, float],
+    gradient: Params,
+    space: KrylovSpace,
+    products: int,
+) -> tuple[Sweep | None, Params, tuple[float, float]]:
+    """Location, then scale at the new location; None where neither had an acceptable step."""
+    location = scale = None
+    if space.predicted_fall() > tolerance(pair[0]) or space.smallest_ritz <= 0:
+        location = best_step(space, lambda u: _shifted(params, gaussian_of(params), u), pair, values)
+    if location is not None:
+        params, values = location.params, _fallen(values, location)
+        _, gradient = total_and_gradient(pair[0].energy, params, pair[0].retained)
+    # A location that has converged does not excuse the scale: points of zero residual still narrow it.
+    scale = scale_step(params, pair, values, gradient, tolerance(pair[0]))
+    if scale is not None:
+        params, values = scale.params, _fallen(values, scale)
+    if location is None and scale is None:
+        return None, params, values
+    return Sweep(location, scale, products), params, values
+
+
+def _shifted(params: Params, gaussian: Gaussian, solution: Params) -> Params:
+    """The coordinates after the location's step L·u."""
+    step = {LOC + name: value for name, value in gaussian.root(solution).items()}
+    return moved(params, step)
+
+
+def _fallen(values: tuple[float, float], step: Step) -> tuple[float, float]:
+    return values[0] - step.realised, values[1] - step.held_out
+
+
+def stationarity(pair: tuple[TiltedEnergy, TiltedEnergy], descent: Descent) -> float | None:
+    """ν = ⟨t_B, C⁻¹t_A⟩ / ⟨∇h, C⁻¹∇h⟩: how far the fit was from stationary relative to what is asked.
+
+    The two noises are independent, so theirs cancels. None without a Krylov space to tell, or for params without a
+    location.
+    """
+    asked = 2 * descent.first.predicted_fall()
+    if asked <= 0 or not loc_part(pair[0].tilt):
+        return None
+    gaussian = gaussian_of(pair[0].origin)
+    curvature = location_curvature(pair[0], pair[0].origin)
+    metric = (gaussian.root, gaussian.root_transposed)
+    space = krylov(curvature, loc_part(pair[0].tilt), metric, descent.first.num_steps)
+    if space.smallest_ritz <= 0:
+        return None
+    left = gaussian.root(space.solve().value)
+    return abs(float(dot(loc_part(pair[1].tilt), left))) / asked
+
+
+def loc_force(pair: tuple[TiltedEnergy, TiltedEnergy]) -> tuple[float, float]:
+    """(‖σ ⊙ ∇F(γ₀, S)‖/√D over the location, its Monte Carlo error); independent noises, so theirs cancels."""
+    gaussian = gaussian_of(pair[0].origin)
+    mine, theirs = (gaussian.root_transposed(loc_part(tilted.tilt)) for tilted in pair)
+    count = size(mine)
+    return (abs(float(dot(mine, theirs))) / count) ** 0.5, norm(subtract(mine, theirs)) / (2 * count**0.5)
