@@ -81,15 +81,18 @@ def gathered(evidence: Sequence[Evidence]) -> Evidence:
     """The evidence of chunks erased one after another, as one: sums of what adds up, the last of the rest."""
     if len(evidence) == 1:
         return evidence[0]
-    sums = {
-        name: sum(values)
-        if (values := [getattr(part, name) for part in evidence if getattr(part, name) is not None])
-        else None
-        for name in ("num_products", "predicted_fall", "realised_fall", "held_out_fall", "untilted_fall")
-    }
+
+    def total(name: str) -> Any:
+        values = [getattr(part, name) for part in evidence if getattr(part, name) is not None]
+        return sum(values) if values else None
+
     return replace(
         evidence[-1],
-        **sums,
+        num_products=total("num_products"),
+        predicted_fall=total("predicted_fall"),
+        realised_fall=total("realised_fall"),
+        held_out_fall=total("held_out_fall"),
+        untilted_fall=total("untilted_fall"),
         sweeps=tuple(sweep for part in evidence for sweep in part.sweeps),
         warnings=tuple(dict.fromkeys(warning for part in evidence for warning in part.warnings)),
         stationarity=max((part.stationarity for part in evidence if part.stationarity is not None), default=None),

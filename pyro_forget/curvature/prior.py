@@ -35,7 +35,7 @@ class PriorCurvature:
     def mv(self, vector: Params) -> Params:
         """The product, by site."""
         fixed = {name: value * diagonal for (name, value), diagonal in self._entries(vector)}
-        return fixed if self._graph is None else add(fixed, self._open(vector))
+        return fixed if self._graph is None else add(fixed, self._open(self._graph, vector))
 
     def _entries(self, vector: Params) -> list[tuple[tuple[str, Tensor], Tensor]]:
         return [
@@ -79,8 +79,8 @@ class PriorCurvature:
             )
         return leaves, first, residuals, weights, dummies, pulled
 
-    def _open(self, vector: Params) -> Params:
-        leaves, first, residuals, weights, dummies, pulled = self._graph
+    def _open(self, graph: Any, vector: Params) -> Params:
+        leaves, first, residuals, weights, dummies, pulled = graph
         product = _pull(first, leaves, [vector[name] for name in leaves])
         if not residuals:
             return product

@@ -155,14 +155,15 @@ def loaded_store(params: Params, limits: dict[str, Any]) -> Iterator[None]:
 
 def unconditioned(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model with its observed sites drawn: `Predictive` would hand back the observed values it is given."""
-    return pyro.poutine.uncondition(model)  # type: ignore[no-any-return]
+    return pyro.poutine.uncondition(model)
 
 
 def _module_tensors(program: Any) -> tuple[Params, Params]:
     """(free, fixed) tensors of a module; a converted `AutoLaplaceApproximation` keeps loc and scale as buffers."""
     if not isinstance(program, nn.Module):
         return {}, {}
-    parameters, buffers = dict(program.named_parameters()), dict(program.named_buffers())
+    parameters: Params = dict(program.named_parameters())
+    buffers: Params = dict(program.named_buffers())
     free = {name: value for name, value in parameters.items() if value.requires_grad}
     if not parameters and isinstance(program, AutoGuide):
         free = {name: value for name, value in buffers.items() if value.is_floating_point()}

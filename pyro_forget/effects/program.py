@@ -119,4 +119,4 @@ def latents_log_likelihood(program: Program, latents: Latents, batch: Batch, par
         return program.run(batch, Answers(drawn), params).log_likelihood()
 
     with quiet():
-        return over_draws(of, latents, len(next(iter(latents.values()))))  # type: ignore[no-any-return]
+        return over_draws(of, latents, len(next(iter(latents.values()))))

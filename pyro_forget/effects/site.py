@@ -53,9 +53,12 @@ class Site:
             raise ValueError(f"Site '{self.name}' is not in the data plate.")
         if self.frame.dim is None:
             # A sequential plate visits one row at a time and counts from 1.
-            return torch.nn.functional.one_hot(
-                torch.tensor(self.frame.counter - 1, device=log_prob.device), num_rows
-            ).to(log_prob.dtype) * log_prob.sum()
+            return (
+                torch.nn.functional.one_hot(torch.tensor(self.frame.counter - 1, device=log_prob.device), num_rows).to(
+                    log_prob.dtype
+                )
+                * log_prob.sum()
+            )
         if log_prob.ndim < -self.frame.dim or log_prob.shape[self.frame.dim] != num_rows:
             raise _wrong_rows(self, num_rows)
         rows = log_prob.movedim(self.frame.dim, 0)

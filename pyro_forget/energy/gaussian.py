@@ -161,7 +161,7 @@ class GaussianEnergy:
         if key not in self._drawn:  # type: ignore[attr-defined]
             size = sum(value.numel() for value in gaussian.loc.values())
             self._drawn[key] = self.noise.normal(size, like)  # type: ignore[attr-defined]
-        return self._drawn[key]  # type: ignore[attr-defined,no-any-return]
+        return self._drawn[key]  # type: ignore[attr-defined]
 
 
 class _Zero(dict[str, Tensor]):

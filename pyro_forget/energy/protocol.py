@@ -41,17 +41,10 @@ class Energy(Protocol):
         """F(γ, S) estimated with the batch standing for all `num_data` rows, scalar, nats."""
         ...
 
-    @staticmethod
-    def from_functions(
-        total: Callable[[Params, Batch], Tensor], share: Callable[[Params, Batch], Tensor]
-    ) -> "FunctionEnergy":
-        """An energy written by hand, as F and h, each of a batch's rows."""
-        return FunctionEnergy(total, share)
-
 
 @dataclass(frozen=True)
 class FunctionEnergy:
-    """F and h as two functions, without Pyro.
+    """F and h as two functions, without Pyro: the door for energies written by hand.
 
     Attributes:
         total_of: F(γ, rows of a batch), prior included.

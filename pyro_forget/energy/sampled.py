@@ -92,9 +92,9 @@ class SampledEnergy:
             sites = self.program.run(template, Answers(values, unconstrained=True)).sites
             return {site.name: site.value for site in sites if not site.observed}
 
-        return self._over(cloud, of)  # type: ignore[no-any-return]
+        return self._over(cloud, of)
 
-    def _over(self, cloud: Params, function):  # type: ignore[no-untyped-def]
+    def _over(self, cloud: Params, function):
         """`function` of each draw, in the draws' leading shape (chain, draw)."""
         lead = draws_shape(cloud, self.shapes)
         flat = {name: value.reshape(-1, *self.shapes[name]) for name, value in cloud.items()}

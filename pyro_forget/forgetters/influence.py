@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from pyro_forget.data import Data
 from pyro_forget.energy import CoordinateEnergy, Energy, VariationalEnergy, coordinates_of, gaussian_of
 from pyro_forget.energy.variational import guide_part, model_part
+from pyro_forget.gaussian import GaussianGuide
 from pyro_forget.inference.newton import NewtonSteps
 from pyro_forget.inference.recursion import Recursion
 from pyro_forget.inference.sweeps import Descent, Sweeps, loc_force, stationarity
+from pyro_forget.inference.sweeps import Sweep as KeptSweep
 from pyro_forget.outcome import Edit, Evidence, Sweep, gathered
 from pyro_forget.params import Params, all_finite, norm, subtract
 from pyro_forget.posterior import Posterior
@@ -110,7 +112,7 @@ class _Sought:
 
     energy: Energy
     params: Params
-    view: object
+    view: GaussianGuide | None
     own: Params
 
     @property
@@ -137,7 +139,7 @@ class _Sought:
         """The posterior's own params."""
         if self.view is None:
             return params
-        return self.own | self.view.write(guide_part(self.own), gaussian_of(params))  # type: ignore[attr-defined,no-any-return]
+        return self.own | self.view.write(guide_part(self.own), gaussian_of(params))
 
 
 def _coordinates(posterior: Posterior, curvature: str) -> _Sought:
@@ -190,8 +192,8 @@ def _evidence(settings: Influence, sought: _Sought, pair: Pair, descent: Descent
     )
 
 
-def _row(sweep: object) -> Sweep:
-    location, scale = sweep.location, sweep.scale  # type: ignore[attr-defined]
+def _row(sweep: KeptSweep) -> Sweep:
+    location, scale = sweep.location, sweep.scale
     return Sweep(
         damping=location.damping if location else 0.0,
         predicted=location.predicted if location else 0.0,
@@ -200,7 +202,7 @@ def _row(sweep: object) -> Sweep:
         scale_predicted=scale.predicted if scale else 0.0,
         scale_realised=scale.realised if scale else 0.0,
         scale_held_out=scale.held_out if scale else 0.0,
-        num_products=sweep.num_products,  # type: ignore[attr-defined]
+        num_products=sweep.num_products,
     )
 
 

@@ -1,4 +1,4 @@
-"""Fitting a guide, for those who have no SVI run yet, and refitting it through the same energy that forgetting edits."""
+"""Fitting a guide through the same energy that forgetting edits, for those who have no SVI run yet."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

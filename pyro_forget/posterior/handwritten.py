@@ -15,7 +15,7 @@ class EnergyPosterior:
 
     Args:
         params: unconstrained parameters by name; copied.
-        energy: such as `Energy.from_functions(total, share)`.
+        energy: such as `FunctionEnergy(total, share)`.
         data: the rows they were fitted to; only the ids are kept.
     """
 

@@ -14,15 +14,18 @@ class Posterior(Protocol):
 
     Attributes:
         params: unconstrained parameters by name.
-        energy: least at `params` for the rows of `ids`.
         ids: int64, shape (num_data,): the rows it was fitted to.
         parent: digest of the posterior that this one was edited from.
     """
 
     params: Params
-    energy: Energy
     ids: Tensor
     parent: str | None
+
+    @property
+    def energy(self) -> Energy:
+        """Least at `params` for the rows of `ids`."""
+        ...
 
     @property
     def num_data(self) -> int:

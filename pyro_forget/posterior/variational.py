@@ -146,7 +146,7 @@ class VariationalPosterior:
             torch.manual_seed(seed)
             if guide.num_normals and guide.vectorised:
                 noise = torch.randn(num_draws, guide.num_normals, dtype=like.dtype, device=like.device)
-                return over_draws(lambda drawn: guide.run(params, drawn["noise"]).latents, {"noise": noise}, num_draws)  # type: ignore[no-any-return]
+                return over_draws(lambda drawn: guide.run(params, drawn["noise"]).latents, {"noise": noise}, num_draws)
             runs = [guide.run(params, None).latents for _ in range(num_draws)]
         return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 
