@@ -287,6 +287,16 @@ def test_held_out_weights_do_not_see_the_fit_of_the_map(regression):
     assert held_out.ess / 50 < fitted.ess / 100
 
 
+def test_a_held_out_half_without_any_density_counts_for_nothing():
+    draws = torch.cat([torch.randn(100, 2), 50 + torch.randn(100, 2)])
+
+    def log_target(moved):
+        return torch.where(moved[:, 0] < 20, -0.5 * moved.square().sum(-1), math.nan)
+
+    held_out = held_out_weights(draws, log_target, torch.zeros(200))
+    assert held_out.ess == 0 and held_out.khat == math.inf
+
+
 # --- logistic regression ------------------------------------------------------------------------------------------
 
 

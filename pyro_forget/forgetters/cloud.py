@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_forget.data import Data
 from pyro_forget.energy import SampledEnergy, gradient_over, value_and_gradient
 from pyro_forget.importance import normalise, systematic_resample
+from pyro_forget.outcome import Evidence
 from pyro_forget.params import Params
 from pyro_forget.posterior import Posterior, SampledPosterior
 
@@ -124,6 +125,53 @@ class Cloud:
     def _by_rows(self, function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.cat([function(rows).double().flatten() for rows in self._chunks(matrix)])
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be forgotten; `log_source` is the log joint of all data at the draws."""
+
+    cloud: Cloud
+    erased: Data
+    retained: Data
+    log_source: Tensor
+
+    def log_target(self, draws: Tensor) -> Tensor:
+        """The log joint of the retained data at any draws, (draw,)."""
+        return self.cloud.log_joint(draws, self.retained)
+
+    @cached_property
+    def forces(self) -> Tensor:
+        """∇h of the erased data at each draw, (draw, d)."""
+        return self.cloud.force(self.erased)
+
+    @cached_property
+    def force(self) -> Tensor:
+        """Its mean over the draws, (d,)."""
+        return self.cloud.log_weights.exp() @ self.forces
+
+    @cached_property
+    def before(self) -> Tensor:
+        """The log joint of the retained data at the draws, (draw,)."""
+        return self.log_target(self.cloud.matrix)
+
+    @cached_property
+    def tilt(self) -> Tensor:
+        """∇F(0, all data) of the common shift, (d,): what keeps the input in its place if nothing is erased."""
+        return self.cloud.mean_gradient(self.retained) + self.force
+
+    def tilted_fall(self, shift: Tensor, log_target: Tensor) -> float:
+        """φ(0) − φ(shift) in nats, φ(γ) = F(γ, retained) − ⟨tilt, γ⟩ and F the mean over the draws."""
+        return float(self.cloud.log_weights.exp() @ (log_target - self.before) + self.tilt @ shift)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Moved draws (draw, d), their log weights (draw,) or None, and what to say of them."""
+
+    matrix: Tensor
+    log_weights: Tensor | None
+    evidence: Evidence
 
 
 def cloud_of(posterior: Posterior, method: str) -> Cloud:

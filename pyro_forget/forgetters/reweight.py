@@ -25,15 +25,20 @@ class Reweight:
         """The same draws with new weights. With nothing erased it is the input itself.
 
         Raises:
-            ValueError: the posterior is not one of draws, or the erased data have no finite density at a draw.
+            ValueError: the posterior is not one of draws.
         """
         cloud = cloud_of(posterior, "Reweight")
         num_draws = len(cloud.matrix)
         method = "importance weights"
         if len(erased) == 0:
             return Edit(posterior, Evidence(method=method, num_draws=num_draws))
+        log_likelihood = cloud.log_likelihood(erased)
+        num_bad = int((~log_likelihood.isfinite()).sum())
+        if num_bad:
+            refused = f"The erased data have no finite log density at {num_bad} of {num_draws} draws."
+            return Edit(posterior, Evidence(method=method, num_draws=num_draws, refused=refused))
         # Minus: what is erased divides the posterior.
-        weights = pareto_smooth(cloud.log_weights - cloud.log_likelihood(erased))
+        weights = pareto_smooth(cloud.log_weights - log_likelihood)
         rhat, ess = input_health(cloud.posterior)
         threshold = khat_threshold(num_draws)
         said = [*health_warnings(rhat, ess)]

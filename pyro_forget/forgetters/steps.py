@@ -1,20 +1,23 @@
 """Newton steps of draws: H⁻¹∇h, with H the mean over the draws of the retained Hessian."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyro_forget.curvature import LinearOperator, as_matrix
+from pyro_forget.curvature import Congruence, as_matrix
 from pyro_forget.curvature.hessian import Hessian
 from pyro_forget.data import Data
 from pyro_forget.forgetters.cloud import Cloud
-from pyro_forget.solvers import ConjugateGradient, Result
+from pyro_forget.solvers import ConjugateGradient, Lanczos, Result
 
 DENSE = 500  # dimensions up to which the Hessian is written out, at one product each
 _CURVATURE_NUMBERS = 4096  # draws times dimensions that the Hessian is a mean over: it only has to start a search
 _CURVATURE_DRAWS = (8, 64)
-_RTOL = 1e-3  # of conjugate gradients: the mean over few draws is no better
+_RTOL = 1e-3  # of a solve: the mean over few draws is no better
+_PRODUCTS = 40  # of a common shift: in the draws' own metric the spectrum is near 1 but for a few directions
+DAMPINGS = (0.0, 0.5, 2.0, 8.0, 32.0)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,25 @@ class Steps:
     usable: bool = True
 
 
+@dataclass(frozen=True)
+class Shift:
+    """A common step of all draws, x of (H + λD)x = force, D the draws' own precisions.
+
+    Attributes:
+        value: x, (d,).
+        damping: λ.
+        predicted: by how much the tilted energy falls if it is quadratic, nats.
+        num_products: products with H.
+        residual: ‖(H + λD)x − force‖ / ‖force‖ in the metric of D.
+    """
+
+    value: Tensor
+    damping: float
+    predicted: float
+    num_products: int
+    residual: float
+
+
 def newton_steps(cloud: Cloud, retained: Data, forces: Tensor) -> Steps:
     """H⁻¹ of each force, (row, d): by a Cholesky factor of H up to 500 dimensions, by conjugate gradients beyond.
 
@@ -43,13 +65,10 @@ def newton_steps(cloud: Cloud, retained: Data, forces: Tensor) -> Steps:
     stands in for its inverse, which it approaches for data without end.
     """
     num_draws, dim = cloud.matrix.shape
-    fewest, most = _CURVATURE_DRAWS
-    energy = cloud.mean_energy(max(fewest, min(most, _CURVATURE_NUMBERS // dim)))
-    like = cloud.shift(torch.zeros_like(cloud.matrix[0]))
-    operator = Hessian(energy, like, retained)
     if dim > DENSE:
-        return _iterative(cloud, operator, forces)
-    matrix = as_matrix(operator, like).to(forces)
+        return _iterative(cloud, retained, forces)
+    operator = _hessian(cloud, retained)
+    matrix = as_matrix(operator, operator.params).to(forces)
     factor, failed = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.T))
     if not bool(failed) and bool(factor.isfinite().all()):
         value = torch.cholesky_solve(forces.T, factor).T
@@ -59,12 +78,34 @@ def newton_steps(cloud: Cloud, retained: Data, forces: Tensor) -> Steps:
     return Steps(forces @ cloud.matrix.T.cov(), "covariance of the draws, for H is indefinite", dim, None)
 
 
-def _iterative(cloud: Cloud, operator: LinearOperator, forces: Tensor) -> Steps:
+def common_shifts(cloud: Cloud, retained: Data, force: Tensor) -> Iterator[Shift]:
+    """The step of a mean force (d,) under growing damping, all from one Krylov space; none where H outweighs it."""
+    root = _variances(cloud).sqrt()
+    operator = Congruence(_hessian(cloud, retained), cloud.shift(root))
+    space = Lanczos(_PRODUCTS, rtol=_RTOL).expand(operator, cloud.shift(root * force))
+    for damping in DAMPINGS:
+        solution = space.solve(damping)
+        if solution.result in (Result.CONVERGED, Result.MAX_STEPS, Result.STAGNATED):
+            yield Shift(
+                value=root * cloud.vector(solution.value),
+                damping=damping,
+                predicted=space.predicted_fall(damping),
+                num_products=space.num_steps,
+                residual=solution.residual,
+            )
+
+
+def _hessian(cloud: Cloud, retained: Data) -> Hessian:
+    """H as an operator: over as many draws as its dimensions allow."""
+    fewest, most = _CURVATURE_DRAWS
+    energy = cloud.mean_energy(max(fewest, min(most, _CURVATURE_NUMBERS // cloud.matrix.shape[1])))
+    return Hessian(energy, cloud.shift(torch.zeros_like(cloud.matrix[0])), retained)
+
+
+def _iterative(cloud: Cloud, retained: Data, forces: Tensor) -> Steps:
     """Conjugate gradients, preconditioned by the draws' own variances."""
-    variances = cloud.matrix.var(0) if len(cloud.matrix) >= _CURVATURE_DRAWS[0] else torch.ones_like(forces[0])
-    positive = variances.clamp(min=float(variances.mean()) * 1e-6 + torch.finfo(variances.dtype).tiny)
-    solver = ConjugateGradient(rtol=_RTOL, max_steps=100, preconditioner=cloud.shift(positive))
-    solutions = solver.solve_many(operator, cloud.params(forces, (len(forces),)))
+    solver = ConjugateGradient(rtol=_RTOL, max_steps=100, preconditioner=cloud.shift(_variances(cloud)))
+    solutions = solver.solve_many(_hessian(cloud, retained), cloud.params(forces, (len(forces),)))
     value = torch.stack([cloud.vector(solution.value) for solution in solutions])
     results = {solution.result for solution in solutions}
     return Steps(
@@ -74,6 +115,14 @@ def _iterative(cloud: Cloud, operator: LinearOperator, forces: Tensor) -> Steps:
         residual=max(solution.residual for solution in solutions),
         usable=bool(value.isfinite().all()) and bool(value.any()),
     )
+
+
+def _variances(cloud: Cloud) -> Tensor:
+    """Of each coordinate over the draws, kept away from 0; 1 where there are too few draws to tell."""
+    if len(cloud.matrix) < _CURVATURE_DRAWS[0]:
+        return torch.ones_like(cloud.matrix[0])
+    variances = cloud.matrix.var(0)
+    return variances.clamp(min=float(variances.mean()) * 1e-6 + torch.finfo(variances.dtype).tiny)
 
 
 def _residual(products: Tensor, forces: Tensor) -> float:

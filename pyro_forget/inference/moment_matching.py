@@ -148,11 +148,18 @@ def held_out_weights(
         log_source: log density of what the draws follow.
         initial: a first guess of the map.
         num_passes: at most so many from each start.
+
+    Returns:
+        The weights of the second half; where the target is finite at none of these draws, equal ones with an effective
+        sample size of 0.
     """
     half = len(draws) // 2
     fitted = moment_matching(draws[:half], log_target, log_source[:half], initial, num_passes=num_passes)
     rest, source = draws[half:].detach().double(), log_source[half:].detach().double()
-    return pareto_smooth(_finite_or_zero(log_target(fitted.map(rest))) + fitted.map.log_det - source)
+    log_weights = _finite_or_zero(log_target(fitted.map(rest))) + fitted.map.log_det - source
+    if not bool(log_weights.isfinite().any()):
+        return SmoothedWeights(torch.full_like(source, -math.log(len(source))), math.inf, 0.0)
+    return pareto_smooth(log_weights)
 
 
 def affine_fit(draws: Tensor, moved: Tensor) -> Affine:
