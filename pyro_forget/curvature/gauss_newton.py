@@ -76,43 +76,44 @@ class _Pieces:
         """JᵀΛJ · vector."""
         return self._pull(self.fisher(self._push(vector)))
 
+    @property
+    def live(self) -> list[Tensor]:
+        """The outputs that the location moves: a fixed noise scale is none of them."""
+        return [value for value in self.outputs if value.requires_grad]
+
     def _push(self, vector: Params) -> tuple[Tensor, ...]:
         """J · vector, as the derivative of Jᵀu in u: double backward, whose graph is kept."""
+        if not self.live:
+            return tuple(torch.zeros_like(value) for value in self.outputs)
         if not self.transposed:
-            dummies = [torch.zeros_like(value, requires_grad=True) for value in self.outputs]
-            pulled = torch.autograd.grad(
-                self.outputs,
-                list(self.leaves.values()),
-                dummies,
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            self.transposed.append((dummies, pulled))
+            dummies = [torch.zeros_like(value, requires_grad=True) for value in self.live]
+            self.transposed.append((dummies, _grad(self.live, list(self.leaves.values()), dummies, create_graph=True)))
         dummies, pulled = self.transposed[0]
         pairs = [(p, vector[name]) for p, name in zip(pulled, self.leaves, strict=True) if p.requires_grad]
-        if not pairs:
-            return tuple(torch.zeros_like(value) for value in self.outputs)
-        return torch.autograd.grad(
-            [p for p, _ in pairs],
-            dummies,
-            [v for _, v in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        tangents = iter(_grad([p for p, _ in pairs], dummies, [v for _, v in pairs]))
+        return tuple(next(tangents) if value.requires_grad else torch.zeros_like(value) for value in self.outputs)
 
     def _pull(self, cotangents: tuple[Tensor, ...]) -> Params:
         """Jᵀ · cotangents."""
-        found = torch.autograd.grad(
-            self.outputs,
-            list(self.leaves.values()),
-            cotangents,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return dict(zip(self.leaves, found, strict=True))
+        if not self.live:
+            return zeros_like(self.leaves)
+        wanted = [part for part, value in zip(cotangents, self.outputs, strict=True) if value.requires_grad]
+        return dict(zip(self.leaves, _grad(self.live, list(self.leaves.values()), wanted), strict=True))
+
+
+def _grad(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """The vector-Jacobian product; zeros for inputs that play no part. The graph stays for the next product."""
+    return torch.autograd.grad(
+        outputs,
+        inputs,
+        cotangents,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
 
 @dataclass
