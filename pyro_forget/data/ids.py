@@ -30,22 +30,37 @@ def as_ids(ids: Ids) -> Tensor:
     return tensor.reshape(-1).to(torch.int64)
 
 
+class Index:
+    """Where ids stand among known ones, which are sorted once."""
+
+    def __init__(self, known: Tensor, owner: str) -> None:
+        self.known, self.owner = known, owner
+        self._sorted, self._order = known.sort()
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """Where `ids` stand among the known ones.
+
+        Raises:
+            ValueError: an id is repeated, or not among the known ones.
+        """
+        values, counts = ids.unique(return_counts=True)
+        if len(values) < len(ids):
+            raise ValueError(f"`ids` repeats {_some(values[counts > 1])}: each row can be chosen once.")
+        place = torch.searchsorted(self._sorted, ids.contiguous()).clamp(max=max(len(self.known) - 1, 0))
+        found = self._order[place] if len(self.known) else place
+        unknown = ids[self._sorted[place] != ids] if len(self.known) else ids
+        if len(unknown):
+            raise ValueError(f"id {_some(unknown)} not in {self.owner}: erased before, or never there.")
+        return found
+
+
 def positions_of(ids: Tensor, known: Tensor, owner: str) -> Tensor:
     """Where `ids` stand among `known`.
 
     Raises:
         ValueError: an id is repeated, or not among `known`.
     """
-    values, counts = ids.unique(return_counts=True)
-    if len(values) < len(ids):
-        raise ValueError(f"`ids` repeats {_some(values[counts > 1])}: each row can be chosen once.")
-    order = known.argsort()
-    place = torch.searchsorted(known[order], ids.contiguous()).clamp(max=max(len(known) - 1, 0))
-    found = order[place] if len(known) else place
-    unknown = ids[known[found] != ids] if len(known) else ids
-    if len(unknown):
-        raise ValueError(f"id {_some(unknown)} not in {owner}: erased before, or never there.")
-    return found
+    return Index(known, owner).positions(ids)
 
 
 def _some(ids: Tensor) -> str:

@@ -8,17 +8,19 @@ normal coordinates are exact; then linear-Gaussian models are solved exactly.
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_forget.data import MADE_UP, positions_of
+from pyro_forget.data import MADE_UP, Index
 
 BLOCK = 1024
 GAUSS_HERMITE_NODES = 7
-_MAX_CACHED_ELEMENTS = 4_000_000
+_MAX_POOL = 128
+_MAX_KEPT_ELEMENTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,26 @@ class Noise:
         generator = seeded(like.device, self.seed)
         if not self.antithetic:
             return torch.randn(self.pairs, size, generator=generator, dtype=like.dtype, device=like.device)
-        return antithetic_frames(1, self.pairs, size, generator, like).squeeze(0)
+        return antithetic_frame(self.pairs, size, generator, like)
 
 
-def antithetic_frames(rows: int, pairs: int, size: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Noise of shape (rows, 2 · pairs, size), each row its own random orthonormal frame and its mirror image.
+def antithetic_frame(pairs: int, size: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Noise of shape (2 · pairs, size): a random orthonormal frame and its mirror image.
 
     Where size > pairs no frame exists and the moments are antithetic only.
     """
-    draws = torch.randn(rows, pairs, size, generator=generator, dtype=like.dtype, device=like.device)
     if size <= pairs:
-        draws = math.sqrt(pairs) * torch.linalg.qr(draws).Q
-    return torch.cat([draws, -draws], dim=1)
+        draws = math.sqrt(pairs) * orthonormal_frames(1, pairs, size, generator, like).squeeze(0)
+    else:
+        draws = torch.randn(pairs, size, generator=generator, dtype=like.dtype, device=like.device)
+    return torch.cat([draws, -draws])
+
+
+def orthonormal_frames(count: int, length: int, size: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Matrices of `size` orthonormal columns, uniform and independent, shape (count, length, size)."""
+    q, r = torch.linalg.qr(torch.randn(count, length, size, generator=generator, dtype=like.dtype, device=like.device))
+    # Householder's Q alone is not uniform: its signs follow a convention.
+    return q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]
 
 
 def seeded(device: torch.device, *seed: int) -> torch.Generator:
@@ -81,12 +91,17 @@ class RowNoise:
     """Noise of one auxiliary site for any rows, keyed by their ids.
 
     Positions among the posterior's ids fall into blocks of 1,024, each drawn from (seed, site, block): torch has no
-    generator a row, and a block a time needs no memory that grows with the data.
+    generator a row, and a block a time needs no memory that grows with the data. A row's frame is one of a small pool
+    of random orthogonal matrices times a random frame of the row's group, one row of each group for each of the pool.
+    Frames made so are uniform and independent in pairs, which is all that the variance of a sum over rows depends on,
+    and cost a matrix product in place of a factorisation each.
     """
 
     def __init__(self, noise: Noise, ids: Tensor, site: int, shape: torch.Size) -> None:
         self.noise, self.ids, self.site, self.shape = noise, ids, site, shape
-        self._cached: dict[tuple[int, str, torch.dtype], Tensor] = {}
+        self._blocks: OrderedDict[tuple[int, str, torch.dtype], Tensor] = OrderedDict()
+        self._pools: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._index: Index | None = None
 
     def __call__(self, ids: Tensor, like: Tensor) -> Tensor:
         """Shape (num_draws, rows, *shape)."""
@@ -96,9 +111,11 @@ class RowNoise:
             generator = seeded(like.device, self.noise.seed, self.site + 1)
             shape = (self.noise.num_draws, len(ids), *self.shape)
             return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-        places = positions_of(ids, self.ids, "the posterior")
+        self._index = self._index or Index(self.ids, "the posterior")
+        places = self._index.positions(ids)
         blocks, inverse = (places // BLOCK).unique(return_inverse=True)
-        drawn = torch.cat([self._block(int(block), like) for block in blocks], dim=1)
+        pieces = [self._block(int(block), like) for block in blocks]
+        drawn = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
         if len(ids) == drawn.shape[1] and bool((places.diff() == 1).all()):
             return drawn
         starts = torch.tensor([0, *(self._rows_of(int(block)) for block in blocks)]).cumsum(0)[:-1]
@@ -108,20 +125,37 @@ class RowNoise:
         return min(BLOCK, len(self.ids) - block * BLOCK)
 
     def _block(self, block: int, like: Tensor) -> Tensor:
-        """Shape (num_draws, rows of the block, *shape), kept where it is small."""
+        """Shape (num_draws, rows of the block, *shape); those used last are kept."""
         key = (block, str(like.device), like.dtype)
-        if key in self._cached:
-            return self._cached[key]
-        rows, size = self._rows_of(block), math.prod(self.shape)
+        if key not in self._blocks:
+            self._blocks[key] = self._draw(block, like)
+        self._blocks.move_to_end(key)
+        # Two whatever their size: a batch that straddles blocks leaves the second one for the next batch.
+        while len(self._blocks) > 2 and sum(kept.numel() for kept in self._blocks.values()) > _MAX_KEPT_ELEMENTS:
+            self._blocks.popitem(last=False)
+        return self._blocks[key]
+
+    def _draw(self, block: int, like: Tensor) -> Tensor:
+        rows, size, pairs = self._rows_of(block), math.prod(self.shape), self.noise.pairs
         generator = seeded(like.device, self.noise.seed, self.site + 1, block)
-        if self.noise.antithetic:
-            drawn = antithetic_frames(rows, self.noise.pairs, size, generator, like).transpose(0, 1)
+        if self.noise.antithetic and size <= pairs:
+            pool = self._pool(like)
+            turns = orthonormal_frames(-(-rows // len(pool)), pairs, size, generator, like)
+            drawn = (math.sqrt(pairs) * (pool.flatten(0, 1) @ turns)).reshape(-1, pairs, size)[:rows].transpose(0, 1)
         else:
-            drawn = torch.randn(self.noise.pairs, rows, size, generator=generator, dtype=like.dtype, device=like.device)
-        drawn = drawn.reshape(-1, rows, *self.shape).contiguous()
-        if sum(kept.numel() for kept in self._cached.values()) + drawn.numel() <= _MAX_CACHED_ELEMENTS:
-            self._cached[key] = drawn
-        return drawn
+            drawn = torch.randn(pairs, rows, size, generator=generator, dtype=like.dtype, device=like.device)
+        drawn = torch.cat([drawn, -drawn]) if self.noise.antithetic else drawn
+        return drawn.reshape(-1, rows, *self.shape)
+
+    def _pool(self, like: Tensor) -> Tensor:
+        """Random orthogonal matrices, shape (frame, pairs, pairs)."""
+        key = (str(like.device), like.dtype)
+        if key not in self._pools:
+            pairs = self.noise.pairs
+            size = max(1, min(_MAX_POOL, _MAX_KEPT_ELEMENTS // pairs**2))
+            generator = seeded(like.device, self.noise.seed, self.site + 1)
+            self._pools[key] = orthonormal_frames(size, pairs, pairs, generator, like)
+        return self._pools[key]
 
 
 @dataclass(frozen=True)
