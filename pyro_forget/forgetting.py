@@ -124,7 +124,7 @@ def divergence(after: Posterior, before: Posterior) -> float | None:
 
 def _moment_divergence(after: SampledPosterior, before: SampledPosterior) -> float | None:
     clouds = [
-        torch.cat([value.flatten(0, 1).flatten(1) for value in posterior.params.values()], -1)
+        torch.cat([value.reshape(posterior.num_draws, -1) for value in posterior.params.values()], -1)
         for posterior in (after, before)
     ]
     if len(clouds[0]) <= 2 * clouds[0].shape[1]:
