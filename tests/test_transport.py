@@ -376,6 +376,15 @@ def test_hopeless_requests_say_so():
     assert any("draws count" in warning for warning in edit.evidence.warnings)
 
 
+def test_a_map_that_fits_its_own_draws_says_so():
+    task = Logistic.drawn(0, num_data=200, dim=10)
+    data = Data(task.x, task.y)
+    posterior = SampledPosterior(logistic, {"w": chained(task.sample(120, seed=1))}, data)
+    edit = Transport().edit(posterior, *data.split(range(60)))
+    assert edit.evidence.ess > 0.5 * 120 and edit.evidence.ess_held_out < 0.3 * 60
+    assert any("fits the noise of its own draws" in warning for warning in edit.evidence.warnings)
+
+
 def test_draws_of_bad_chains_are_pointed_out():
     task = Regression.drawn(60, 2, 0)
     data = Data(task.x, task.y)

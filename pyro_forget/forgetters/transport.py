@@ -6,7 +6,7 @@ from pyro_forget.data import Data
 from pyro_forget.forgetters.cloud import BLIND_SPOT, Cloud, Move, Request, cloud_of, health_warnings, input_health
 from pyro_forget.forgetters.shifts import common_shift, each_on_its_own, recursive_shift, shifted, solved
 from pyro_forget.forgetters.steps import DENSE, common_shifts, newton_steps
-from pyro_forget.importance import khat_threshold, systematic_resample
+from pyro_forget.importance import SmoothedWeights, khat_threshold, systematic_resample
 from pyro_forget.inference import Affine, MomentMatching, affine_fit, held_out_weights, moment_matching
 from pyro_forget.inference.recursion import Recursion
 from pyro_forget.outcome import Edit, Evidence
@@ -124,7 +124,7 @@ class Transport:
             ess_held_out=held_out.ess,
             khat=found.khat,
             num_passes=found.num_passes,
-            warnings=(*evidence.warnings, *_weight_warnings(cloud, found, weighted), BLIND_SPOT),
+            warnings=(*evidence.warnings, *_weight_warnings(cloud, found, held_out, weighted), BLIND_SPOT),
             extra={"start": found.start, "diagonal": found.diagonal, "weighted": weighted},
         )
         if not weighted:
@@ -151,8 +151,9 @@ def _influence_map(request: Request, evidence: Evidence) -> tuple[Affine | None,
     return initial, solved(evidence, steps)
 
 
-def _weight_warnings(cloud: Cloud, found: MomentMatching, weighted: bool) -> tuple[str, ...]:
+def _weight_warnings(cloud: Cloud, found: MomentMatching, held_out: SmoothedWeights, weighted: bool) -> tuple[str, ...]:
     num_draws, dim = cloud.matrix.shape
+    num_held_out = held_out.log_weights.numel()
     threshold = khat_threshold(num_draws)
     said = []
     if not weighted:
@@ -166,4 +167,9 @@ def _weight_warnings(cloud: Cloud, found: MomentMatching, weighted: bool) -> tup
         said.append(f"Only {found.ess:.0f} of {num_draws} draws count: refit.")
     elif found.ess < _DOUBTFUL * num_draws:
         said.append(f"Less than half of the draws count ({found.ess:.0f} of {num_draws}): move them on by MCMC.")
+    elif held_out.ess < _DOUBTFUL * num_held_out:
+        said.append(
+            f"Of the half of the draws that a map was not fitted on only {held_out.ess:.0f} of {num_held_out} count: "
+            "the map fits the noise of its own draws. Move them on by MCMC."
+        )
     return tuple(said)
