@@ -43,7 +43,8 @@ class GuideRun:
 
     def log_prob(self) -> Tensor:
         """Log q of the draw, scalar, nats; auxiliary sites and the log-Jacobian of their Deltas included."""
-        return torch.stack([site.fn.log_prob(site.value).sum() for site in self.sites]).sum()
+        terms = [site.fn.log_prob(site.value).sum() for site in self.sites]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 @dataclass(frozen=True)

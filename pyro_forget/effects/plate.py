@@ -9,22 +9,22 @@ from torch import Tensor
 
 
 @contextmanager
-def plate_rows(name: str, indices: Tensor) -> Iterator[list[int]]:
+def plate_rows(name: str, indices: Tensor) -> Iterator[list[int | None]]:
     """Within the context, every plate called `name` holds `indices`, unscaled.
 
     A messenger that answers the plate's own sample site is not enough: a hard-coded `subsample_size` then
     contradicts it. So the plate's size is answered where Pyro decides it.
 
     Yields:
-        The sizes that the program asked for, one for each plate made.
+        The sizes that the program asked for, one for each plate made; None where it gave none.
     """
     original = SubsampleMessenger._subsample
-    asked: list[int] = []
+    asked: list[int | None] = []
 
     def subsample(plate: str, size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         if plate != name:
             return original(plate, size, *args, **kwargs)
-        asked.append(-1 if size is None else int(size))
+        asked.append(None if size is None else int(size))
         return len(indices), len(indices), indices
 
     SubsampleMessenger._subsample = staticmethod(subsample)  # type: ignore[method-assign, assignment]

@@ -107,16 +107,18 @@ def over_draws(function: Callable[..., Any], batched: Mapping[str, Any], num_dra
     One draw is run as it is: `vmap` has a price.
     """
     if num_draws == 1:
-        alone = function({name: value[0] for name, value in batched.items()})
+        alone = function({name: value.squeeze(0) for name, value in batched.items()})
         return torch.utils._pytree.tree_map(lambda value: value.unsqueeze(0), alone)
     return torch.func.vmap(function, randomness="error")(dict(batched))
 
 
-def latents_log_likelihood(program: Program, latents: Latents, batch: Batch, params: Params | None = None) -> Tensor:
-    """Log likelihood of each row under each of many draws; shape (draws, rows), nats."""
+def latents_log_likelihood(
+    program: Program, latents: Latents, num_draws: int, batch: Batch, params: Params | None = None
+) -> Tensor:
+    """Log likelihood of each row under each of many draws; shape (num_draws, rows), nats."""
 
     def of(drawn: Latents) -> Tensor:
         return program.run(batch, Answers(drawn), params).log_likelihood()
 
     with quiet():
-        return over_draws(of, latents, len(next(iter(latents.values()))))
+        return over_draws(of, latents, num_draws) if latents else of({}).expand(num_draws, -1)

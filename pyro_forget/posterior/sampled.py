@@ -201,6 +201,8 @@ def checked_draws(draws: Mapping[str, Tensor], shapes: Mapping[str, torch.Size])
     Raises:
         ValueError: a site is missing, unknown or misshapen, or the sites differ in chains and draws.
     """
+    if not shapes:
+        raise ValueError("The model has no latents, so it has no draws: take it over with an empty guide.")
     missing, unknown = sorted(set(shapes) - set(draws)), sorted(set(draws) - set(shapes))
     if missing or unknown:
         raise ValueError(

@@ -140,14 +140,16 @@ class VariationalPosterior:
     def draws(self, num_draws: int, seed: int = 0) -> Latents:
         """Independent draws in the sites' supports, each of shape (num_draws, *site)."""
         guide, params = self._program.guide, guide_part(self.params)
-        like = next(iter(params.values()))
+        like = next(iter(self.params.values()))
         devices = [like.device] if like.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad(), quiet():
             torch.manual_seed(seed)
             if guide.num_normals and guide.vectorised:
                 noise = torch.randn(num_draws, guide.num_normals, dtype=like.dtype, device=like.device)
                 return over_draws(lambda drawn: guide.run(params, drawn["noise"]).latents, {"noise": noise}, num_draws)
-            runs = [guide.run(params, None).latents for _ in range(num_draws)]
+            # A point mass draws the same every time.
+            runs = [guide.run(params, None).latents for _ in range(num_draws if guide.num_normals != 0 else 1)]
+            runs *= num_draws // len(runs)
         return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 
     def log_likelihood(self, data: Data, num_draws: int = 1000, seed: int = 0) -> Tensor:
@@ -155,7 +157,7 @@ class VariationalPosterior:
         latents = self.draws(num_draws, seed)
         program, learned = self._program.program, model_part(self.params)
         with torch.no_grad():
-            return data.gather(lambda batch: latents_log_likelihood(program, latents, batch, learned))[None]
+            return data.gather(lambda batch: latents_log_likelihood(program, latents, num_draws, batch, learned))[None]
 
     def predictive(self, num_samples: int) -> Predictive:
         """Pyro's `Predictive` of this posterior; observed values passed to it are ignored."""

@@ -1,7 +1,7 @@
 """Taking over an existing program: what it must be for its energy to be a sum over rows, checked once."""
 
-from pyro_forget.effects.adoption.guide import adopt_guide, start_guide
+from pyro_forget.effects.adoption.guide import adopt_guide, first_params, start_guide
 from pyro_forget.effects.adoption.rows import check_rows
 from pyro_forget.effects.adoption.structure import adopt_model, latent_shapes
 
-__all__ = ["adopt_guide", "adopt_model", "check_rows", "latent_shapes", "start_guide"]
+__all__ = ["adopt_guide", "adopt_model", "check_rows", "first_params", "latent_shapes", "start_guide"]

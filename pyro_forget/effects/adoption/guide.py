@@ -4,16 +4,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pyro
 import torch
 
 from pyro_forget.data import Batch, Data
 from pyro_forget.effects.adoption.rows import RTOL
 from pyro_forget.effects.adoption.structure import latent_shapes
 from pyro_forget.effects.guide import Guide
-from pyro_forget.effects.parameters import NeverFitted, Parametrised, fresh_copy, is_fitted
+from pyro_forget.effects.parameters import NeverFitted, Parametrised, fresh_copy, is_fitted, unfitted_copy
 from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import Program, quiet
+from pyro_forget.params import Params
 
 
 def adopt_guide(guide: Callable[..., Any], data: Data, program: Program) -> Guide:
@@ -25,7 +25,7 @@ def adopt_guide(guide: Callable[..., Any], data: Data, program: Program) -> Guid
     batch = next(data.batches())
 
     def run() -> None:
-        with torch.random.fork_rng(), pyro.poutine.block(), plate_rows(program.plate, torch.arange(len(batch))):
+        with torch.random.fork_rng(), plate_rows(program.plate, torch.arange(len(batch))):
             guide(*batch.args, **batch.kwargs)
 
     parametrised = Parametrised.of(guide, run)
@@ -54,6 +54,23 @@ def start_guide(guide: Callable[..., Any], data: Data, program: Program, seed: i
     with quiet(), torch.no_grad():
         _same_latents(adopted, program, batch)
     return adopted
+
+
+def first_params(guide: Guide, data: Data, seed: int = 0) -> Params:
+    """The parameters that a fitted guide starts from when it is made anew and first run on `data`.
+
+    Raises:
+        ValueError: it cannot be made anew, or then has other parameters.
+    """
+    program, batch = unfitted_copy(guide.guide.program), next(data.batches())
+    made = Guide.rebuilt(program, guide.plate, batch, None, seed).guide.params
+    mine = guide.guide.params
+    if {name: value.shape for name, value in made.items()} != {name: value.shape for name, value in mine.items()}:
+        raise ValueError(
+            f"Made anew, the guide has the parameters {sorted(made)}, and not {sorted(mine)} or not in their shapes. "
+            "Fit a new one to the retained data: `fit_guide(model, guide, retained)`."
+        )
+    return {name: made[name].to(value) for name, value in mine.items()}
 
 
 def _same_latents(guide: Guide, program: Program, batch: Batch) -> None:

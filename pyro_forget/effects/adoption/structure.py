@@ -8,6 +8,7 @@ import torch
 
 from pyro_forget.data import Batch, Data
 from pyro_forget.effects.parameters import Parametrised
+from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import Program
 
 
@@ -28,16 +29,26 @@ def adopt_model(
     if not data.num_data:
         raise ValueError("`data` has no rows: a posterior needs the data it was fitted to.")
     batch = next(data.batches())
+    indices = batch.rows if data.indexed else torch.arange(len(batch))
     traces: list[Any] = []
+    sizes: list[int | None] = []
 
     def run() -> None:
-        with torch.random.fork_rng(), pyro.poutine.block():
-            traces.append(pyro.poutine.trace(model).get_trace(*batch.args, **batch.kwargs))
+        # With the plate as it will be: a hard-coded number of data does not fit one batch of them.
+        with torch.random.fork_rng(), plate_rows(plate, indices) as asked:
+            try:
+                traces.append(pyro.poutine.trace(model).get_trace(*batch.args, **batch.kwargs))
+            finally:
+                sizes.extend(asked)
 
-    parametrised = Parametrised.of(model, run).frozen(freeze)
+    try:
+        parametrised = Parametrised.of(model, run).frozen(freeze)
+    finally:
+        _refuse_sizes(sizes, plate, (len(batch), data.num_data))
     sites = [node for node in traces[0].nodes.values() if node["type"] == "sample" and not _is_bookkeeping(node)]
+    if not any(_frame(site, plate) for site in sites):
+        raise ValueError(_no_plate(sites, plate))
     _refuse_locals(sites, plate)
-    _refuse_plates(sites, plate, data)
     return Program(parametrised, plate, data.indexed, data.template(), data.num_data if minibatch_scale else None)
 
 
@@ -59,7 +70,6 @@ def _is_bookkeeping(node: Mapping[str, Any]) -> bool:
         type(node["fn"]).__name__ == "_Subsample"
         or bool(infer.get("_deterministic"))
         or bool(infer.get("_do_not_trace"))
-        or bool(infer.get("is_auxiliary"))
     )
 
 
@@ -77,31 +87,21 @@ def _refuse_locals(sites: list[Any], plate: str) -> None:
         if inside:
             raise ValueError(
                 f"Latent '{site['name']}' is local to the data plate '{plate}': latents of single rows are not "
-                "supported yet. If it is a PyroSample of global weights, read it before the plate opens."
+                "supported yet. If it was observed in the fit, pass its values too; if it is a PyroSample of global "
+                "weights, read it before the plate opens."
             )
         if discrete:
             raise ValueError(f"Latent '{site['name']}' is discrete: an energy needs continuous latents. Sum it out.")
 
 
-def _refuse_plates(sites: list[Any], plate: str, data: Data) -> None:
-    observed = [site for site in sites if site["is_observed"]]
-    inside = [site for site in observed if _frame(site, plate)]
-    if not any(_frame(site, plate) for site in sites):
-        raise ValueError(_no_plate(sites, plate))
-    if not inside:
-        raise ValueError(
-            f"No observed site lies in the plate '{plate}'; observed sites: {_names(observed)}. Pass the observed "
-            "values as an argument, the way the model was fitted."
-        )
-    chunk = min(data.batch_size, data.num_data)
-    for site in inside:
-        frame = _frame(site, plate)
-        size = frame.size if frame.full_size is None else frame.full_size
-        if size not in (chunk, data.num_data):
+def _refuse_sizes(sizes: list[int | None], plate: str, allowed: tuple[int, int]) -> None:
+    for size in sizes:
+        if size not in (None, *allowed):
             raise ValueError(
-                f"The plate '{plate}' has {size} rows at site '{site['name']}', the data {chunk}. A model that drops "
-                "rows should mask them instead (poutine.mask); one whose rows need the row before should be given "
-                "pairs (prev, y); or name the argument's data dim with `Data.of(dims=...)`."
+                f"The plate '{plate}' asks for {size} rows, the data have {allowed[1]}. A model that drops rows should "
+                "mask them instead (poutine.mask); one whose rows need the row before should be given pairs "
+                "(prev, y); if the data have another number of rows, say so with `Data.of(dims=...)` or "
+                "`Data.of(fixed=...)`."
             )
 
 
