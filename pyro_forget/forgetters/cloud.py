@@ -80,6 +80,11 @@ class Cloud:
 
         return self._by_rows(of, self.matrix)
 
+    def log_joint_and_gradient(self, matrix: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+        """(log p(θ, data), its gradient) of each row: shapes (draw,) and (draw, d), float64, nats."""
+        found = [self._with_gradient(rows, data) for rows in self._chunks(matrix)]
+        return torch.cat([value for value, _ in found]), torch.cat([gradient for _, gradient in found])
+
     def force(self, data: Data) -> Tensor:
         """Σ ∇h at each draw: minus the gradient of its log likelihood of `data`, (draw, d)."""
         energy = self.posterior.energy
@@ -113,6 +118,17 @@ class Cloud:
     def _flat(self, cloud: Params) -> Tensor:
         pieces = [cloud[name].double() for name in self._columns()]
         return torch.cat([piece.reshape(piece.shape[0] * piece.shape[1], -1) for piece in pieces], 1)
+
+    def _with_gradient(self, rows: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+        energy = self.posterior.energy
+        leaves = {name: value.detach().requires_grad_(True) for name, value in self.params(rows).items()}
+
+        def of(values: Tensor) -> tuple[Tensor, Tensor]:
+            found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+            return values.detach().double().flatten(), self._flat(dict(zip(leaves, found, strict=True)))
+
+        start = of(energy.log_prior(leaves))
+        return data.reduce(lambda batch: of(energy.log_likelihood_of(leaves, batch).double().sum(-1)), start=start)
 
     def _gradients(self, gradient: Callable[[Params], Params]) -> Tensor:
         """Of each draw, from the gradient of a mean over draws."""

@@ -73,28 +73,81 @@ def fit_guide(
     Raises:
         ValueError: model, guide or data cannot be taken over, or the energy stops being finite.
     """
-    if polish not in ("lbfgs", None):
-        raise ValueError(f"`polish` must be 'lbfgs' or None, got {polish!r}.")
-    posterior = VariationalPosterior.started(model, guide, data, plate=plate, seed=seed)
-    params, losses = adam(
-        posterior.energy,
-        posterior.params,
-        data,
+    training = Training(
         num_steps=num_steps,
         learning_rate=learning_rate,
         batch_size=batch_size,
         num_draws=num_draws,
         patience=patience,
+        polish=polish,
+        polish_pairs=polish_pairs,
+        polish_gradient=polish_gradient,
+        polish_steps=polish_steps,
         seed=seed,
         progress=progress,
     )
-    norm = None
-    if polish is not None:
-        energy = posterior.energy.with_noise(2**20 + seed, polish_pairs)
-        minimum = LBFGS(polish_steps, polish_gradient, progress).minimise(energy, params, data)
-        params, norm = minimum.params, minimum.gradient_norm
-        losses = torch.cat([losses, minimum.losses])
-    return Fit(posterior.with_params(params), losses, norm)
+    posterior = VariationalPosterior.started(model, guide, data, plate=plate, seed=seed)
+    trained = training.run(posterior.energy, posterior.params, data)
+    return Fit(posterior.with_params(trained.params), trained.losses, trained.gradient_norm)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where training ended; `losses` and `gradient_norm` as in `Fit`."""
+
+    params: Params
+    losses: Tensor
+    gradient_norm: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Adam on fresh batches and noise, then L-BFGS on pinned noise; the settings are those of `fit_guide`."""
+
+    num_steps: int = 2000
+    learning_rate: float = 0.01
+    batch_size: int | None = None
+    num_draws: int = 1
+    patience: int | None = None
+    polish: str | None = "lbfgs"
+    polish_pairs: int | None = None
+    polish_gradient: float = 1e-4
+    polish_steps: int = 1000
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.polish not in ("lbfgs", None):
+            raise ValueError(f"`polish` must be 'lbfgs' or None, got {self.polish!r}.")
+        if self.num_steps < 0 or not self.learning_rate > 0:
+            raise ValueError(
+                f"`num_steps` must not be negative and `learning_rate` positive, got {self.num_steps} and "
+                f"{self.learning_rate}."
+            )
+
+    def run(self, energy: Energy, params: Params, data: Data) -> Trained:
+        """Lower F(·, data) from `params`.
+
+        Raises:
+            ValueError: the energy stops being finite.
+        """
+        params, losses = adam(
+            energy,
+            params,
+            data,
+            num_steps=self.num_steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            num_draws=self.num_draws,
+            patience=self.patience,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        if self.polish is None:
+            return Trained(params, losses, None)
+        pinned = energy.with_noise(2**20 + self.seed, self.polish_pairs)
+        minimum = LBFGS(self.polish_steps, self.polish_gradient, self.progress).minimise(pinned, params, data)
+        return Trained(minimum.params, torch.cat([losses, minimum.losses]), minimum.gradient_norm)
 
 
 def adam(
