@@ -144,8 +144,8 @@ def kernel_mean(loc, variance, h):
 
 
 def test_mmd_of_gaussians_has_a_closed_form():
-    a = torch.randn(4000, generator=generator(13))
-    b = 0.7 + 0.5 * torch.randn(3000, generator=generator(14))
+    a = torch.randn(2000, generator=generator(13))
+    b = 0.7 + 0.5 * torch.randn(1500, generator=generator(14))
     h = 0.9
     expected = kernel_mean(0, 2, h) + kernel_mean(0, 0.5, h) - 2 * kernel_mean(0.7, 1.25, h)
     assert float(mmd(a, b, bandwidth=h)) == pytest.approx(expected, rel=0.05)
@@ -189,10 +189,10 @@ def test_a_shift_is_measured_exactly():
 
 
 def test_wasserstein_of_scaled_gaussians_with_unequal_sizes():
-    a = torch.randn(40_000, 3, generator=generator(18))
-    b = 0.5 + 2 * torch.randn(30_000, 3, generator=generator(19))
+    a = torch.randn(12_000, 3, generator=generator(18))
+    b = 0.5 + 2 * torch.randn(9_000, 3, generator=generator(19))
     expected = math.sqrt(0.5**2 + (2 - 1) ** 2)  # of each projection: shifts 0.5·⟨1, u⟩, of mean square 0.25
-    assert float(sliced_wasserstein(a, b)) == pytest.approx(expected, rel=0.02)
+    assert float(sliced_wasserstein(a, b, num_directions=63)) == pytest.approx(expected, rel=0.03)
 
 
 def test_wasserstein_of_steps_by_hand():

@@ -307,7 +307,7 @@ def test_resampled_draws_are_equally_weighted():
 def test_the_published_recursion_goes_the_way_of_the_newton_step():
     task, data, posterior = regression_task(num_draws=400, num_data=200)
     erased, retained = data.split(range(180, 200))
-    recursion = Recursion(scaling=0.2, num_steps=200, batch_size=64, num_draws=5, chunk=10)
+    recursion = Recursion(scaling=0.3, num_steps=100, batch_size=64, num_draws=5, chunk=10)
     edit = Transport.published(recursion).edit(posterior, erased, retained)
     draws = cloud(posterior)[0]
     moved = cloud(edit.posterior)[0] - draws
@@ -368,11 +368,11 @@ def test_weights_that_would_add_noise_stay_evidence():
 
 
 def test_hopeless_requests_say_so():
-    task = Logistic.drawn(0, num_data=120, dim=20)
+    task = Logistic.drawn(0, num_data=80, dim=15)
     data = Data(task.x, task.y)
-    posterior = SampledPosterior(logistic, {"w": chained(task.sample(400, seed=1))}, data)
-    edit = Transport().edit(posterior, *data.split(range(60)))
-    assert edit.evidence.ess < 0.5 * 400
+    posterior = SampledPosterior(logistic, {"w": chained(task.sample(200, seed=1))}, data)
+    edit = Transport().edit(posterior, *data.split(range(50)))
+    assert edit.evidence.ess < 0.5 * 200
     assert any("draws count" in warning for warning in edit.evidence.warnings)
 
 
