@@ -368,10 +368,10 @@ def test_weights_that_would_add_noise_stay_evidence():
 
 
 def test_hopeless_requests_say_so():
-    task = Logistic.drawn(0, num_data=80, dim=15)
+    task = Logistic.drawn(0, num_data=100, dim=24)
     data = Data(task.x, task.y)
     posterior = SampledPosterior(logistic, {"w": chained(task.sample(200, seed=1))}, data)
-    edit = Transport().edit(posterior, *data.split(range(50)))
+    edit = Transport().edit(posterior, *data.split(range(60)))
     assert edit.evidence.ess < 0.5 * 200
     assert any("draws count" in warning for warning in edit.evidence.warnings)
 
