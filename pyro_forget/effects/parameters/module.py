@@ -49,11 +49,11 @@ def store_names(program: Any) -> dict[str, str]:
         if not isinstance(part, PyroModule):
             continue
         for name, _ in part.named_parameters(recurse=False):
-            found[_joined(part._pyro_name, name.removesuffix(_UNCONSTRAINED))] = _joined(path, name)
+            found[_full_name(part, name.removesuffix(_UNCONSTRAINED))] = _joined(path, name)
         for child, module in part.named_children():
             if not isinstance(module, PyroModule):
                 for name, _ in module.named_parameters():
-                    found[_joined(part._pyro_name, child) + MODULE_DIVIDER + name] = _joined(path, child, name)
+                    found[_full_name(part, child) + MODULE_DIVIDER + name] = _joined(path, child, name)
     return found
 
 
@@ -112,10 +112,15 @@ class _OwnNames:
     suffix: str
 
     def __call__(self, name: str) -> str:
-        full = type(self.part)._pyro_get_fullname(self.part, name)
+        full = _joined(self.part._pyro_name, name)
         part = self.part.__dict__
         owned = any(name in part[kind] for kind in ("_pyro_params", "_parameters", "_modules"))
         return f"{full}-{self.suffix}" if owned else full
+
+
+def _full_name(part: PyroModule, name: str) -> str:
+    """What the store calls a part of a module, also before the module's first run."""
+    return part.__dict__[_FULL_NAME](name) if _FULL_NAME in part.__dict__ else _joined(part._pyro_name, name)
 
 
 def _deep_copy(module: nn.Module) -> Any:
@@ -138,12 +143,18 @@ def _deep_copy(module: nn.Module) -> Any:
 
 
 class _WithoutGraphs(TorchFunctionMode):
-    """Lets results be deep-copied as numbers: traces of learned priors and caches of flows hold them, with graphs."""
+    """Lets results be deep-copied as numbers: traces of learned priors and caches of flows hold them, with graphs.
+
+    A cache that is left from a run under `vmap` is empty: flows look whether it belongs to what they are given.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+        if func is Tensor.__deepcopy__:
             tensor, memo = args
-            return memo.setdefault(id(tensor), tensor.detach().clone())
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                return memo.setdefault(id(tensor), torch.empty(0))
+            if not tensor.is_leaf:
+                return memo.setdefault(id(tensor), tensor.detach().clone())
         return func(*args, **(kwargs or {}))
 
 
