@@ -177,17 +177,16 @@ def _variance(operand: "Tensor | GaussianWeight") -> Tensor:
 
 def _draw(mean: Tensor, variance: Tensor, *weights: GaussianWeight) -> Tensor:
     noise = weights[0].noise(mean, tuple(weight.name for weight in weights))
-    return mean + _root(variance) * noise
+    return torch.addcmul(mean, _root(variance), noise)
 
 
 def _root(variance: Tensor) -> Tensor:
     """√variance, with derivatives 0 where the variance is 0, as it is for a row of zeros.
 
-    The bound keeps the second derivative, ¼ variance^(-3/2), finite in the same precision; below it a standard
-    deviation (3e-10 in float32) is lost beside the mean.
+    The bound keeps the second derivative, ¼ variance^(-3/2), finite in the same precision; its own standard deviation
+    (3e-10 in float32) is lost beside the mean.
     """
-    positive = variance > torch.finfo(variance.dtype).tiny ** 0.5
-    return torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
+    return variance.clamp(min=torch.finfo(variance.dtype).tiny ** 0.5).sqrt()
 
 
 _HANDLERS: dict[Callable, Callable[..., Any]] = {

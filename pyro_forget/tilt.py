@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_forget.data import Batch, Data
-from pyro_forget.energy import Energy, gradient_over, value_and_gradient
+from pyro_forget.energy import Energy, estimate_and_gradient, gradient_over, share_and_gradient
 from pyro_forget.params import Params, add, dot, subtract
 
 
@@ -72,10 +72,10 @@ def total_and_gradient(energy: Energy, params: Params, data: Data) -> tuple[floa
     def of(batch: Batch) -> tuple[Tensor, Params]:
         first = not state
         state.append(True)
-        value, gradient = value_and_gradient(
-            lambda leaves: energy.total(leaves, data.split(batch.ids)[0]) if first else energy.share(leaves, batch),
-            params,
-        )
+        if first:
+            value, gradient = estimate_and_gradient(energy, params, batch, len(batch))
+        else:
+            value, gradient = share_and_gradient(energy, params, batch)
         return torch.tensor(value, dtype=torch.float64), gradient
 
     value, gradient = data.reduce(of)

@@ -2,6 +2,7 @@
 
 from pyro_forget.energy.coordinates import CoordinateEnergy, coordinates_of, gaussian_of, loc_part, scale_part
 from pyro_forget.energy.gaussian import GaussianEnergy
+from pyro_forget.energy.gradient import estimate_and_gradient, share_and_gradient
 from pyro_forget.energy.protocol import (
     Energy,
     FunctionEnergy,
@@ -21,10 +22,12 @@ __all__ = [
     "SampledEnergy",
     "VariationalEnergy",
     "coordinates_of",
+    "estimate_and_gradient",
     "gaussian_of",
     "gradient_over",
     "loc_part",
     "scale_part",
+    "share_and_gradient",
     "share_of",
     "total_of_parts",
     "value_and_gradient",

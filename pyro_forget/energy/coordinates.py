@@ -50,10 +50,16 @@ class CoordinateEnergy:
 
 def coordinates_of(gaussian: Gaussian) -> Params:
     """Location and log scale by site, or location by site and the whole factor."""
-    locs = {LOC + name: value for name, value in gaussian.loc.items()}
     if isinstance(gaussian.scale, Tensor):
-        return locs | {FACTOR: gaussian.scale}
-    return locs | {LOG_SCALE + name: value.log() for name, value in gaussian.scale.items()}
+        return {LOC + name: value for name, value in gaussian.loc.items()} | {FACTOR: gaussian.scale}
+    return coordinate_params(gaussian.loc, {name: value.log() for name, value in gaussian.scale.items()})
+
+
+def coordinate_params(loc: Params, log_scale: Params) -> Params:
+    """The params of these locations and log scales, by site."""
+    return {LOC + name: value for name, value in loc.items()} | {
+        LOG_SCALE + name: value for name, value in log_scale.items()
+    }
 
 
 def gaussian_of(params: Params) -> Gaussian:
@@ -61,7 +67,8 @@ def gaussian_of(params: Params) -> Gaussian:
     loc = {name[len(LOC) :]: value for name, value in params.items() if name.startswith(LOC)}
     if FACTOR in params:
         return Gaussian(loc, params[FACTOR])
-    return Gaussian(loc, {name: params[LOG_SCALE + name].exp() for name in loc})
+    log_scale = {name: params[LOG_SCALE + name] for name in loc}
+    return Gaussian(loc, {name: value.exp() for name, value in log_scale.items()}, log_scale)
 
 
 def loc_part(params: Params) -> Params:

@@ -1,6 +1,5 @@
 """−ELBO of a Gaussian guide in the Gaussian's own coordinates: the energy that forgetting by influence works on."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,25 +11,12 @@ from pyro_forget.data import Batch
 from pyro_forget.effects.noise import Noise, Quadrature, RowNoise
 from pyro_forget.effects.program import Program, Run, over_draws, quiet
 from pyro_forget.effects.run import Answers
+from pyro_forget.energy.conjugate import Conjugate, cross_entropy
 from pyro_forget.gaussian import Gaussian, GaussianGuide
 from pyro_forget.params import Params
 
-
-@dataclass(frozen=True)
-class Conjugate:
-    """A site whose prior is Normal with parameters that no latent changes: its cross-entropy is closed-form."""
-
-    loc: Tensor
-    scale: Tensor
-
-    def cross_entropy(self, loc: Tensor, variance: Tensor) -> Tensor:
-        """E_q[−log p] of q = N(loc, variance), scalar, nats."""
-        gap = loc - self.loc
-        weight = self.scale.reciprocal().square()
-        return 0.5 * ((gap.square() + variance) * weight).sum() + self.scale.log().sum() + 0.5 * loc.numel() * _LOG_2PI
-
-
-_LOG_2PI = math.log(2 * math.pi)
+# What the likelihood is a function of: draws of most sites, the Gaussians of those that the model treats locally.
+VALUE, LOC, SCALE = "value/", "loc/", "scale/"
 
 
 @dataclass(frozen=True)
@@ -73,6 +59,15 @@ class GaussianEnergy:
         return tuple(name for name in self.view.transforms if name not in self.local)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the whole prior term is closed-form."""
+        return len(self.conjugate) == len(self.view.transforms)
+
+    @property
+    def _local(self) -> tuple[str, ...]:
+        return tuple(name for name in self.view.transforms if name in self.local)
+
+    @property
     def quadrature(self) -> Quadrature | None:
         """Gauss-Hermite nodes, where all noise is a single number a row."""
         single = len(self.row_shapes) == 1 and next(iter(self.row_shapes.values())).numel() == 1
@@ -84,20 +79,32 @@ class GaussianEnergy:
 
     def prior(self, gaussian: Gaussian) -> Tensor:
         """KL(q ‖ prior), scalar, nats."""
-        variance = gaussian.variance
-        cross = [prior.cross_entropy(gaussian.loc[name], variance[name]) for name, prior in self.conjugate.items()]
-        if len(self.conjugate) < len(gaussian.loc) or not cross:
-            cross.append(self.expected_prior(gaussian, self._minus_log_prior))
-        return torch.stack([term.double() for term in cross]).sum() - gaussian.entropy().double()
+        cross = cross_entropy(self.conjugate, gaussian) if self.conjugate else 0.0
+        if not self.is_closed:
+            cross = cross + self.expected_prior(gaussian, self._minus_log_prior).double()
+        return cross - gaussian.entropy().double()
 
     def share(self, gaussian: Gaussian, batch: Batch) -> Tensor:
         """E_q[−log likelihood] summed over the batch's rows, scalar, nats."""
-        rows, weights = self.over_noise(gaussian, batch, lambda run: run.log_likelihood())
+        return self.share_at(self.drawn(gaussian), batch)
+
+    def share_at(self, drawn: Params, batch: Batch) -> Tensor:
+        """`share` as a function of what `drawn` gives: the dear part of the energy, without the guide."""
+        rows, weights = self.over_drawn(drawn, batch, lambda run: run.log_likelihood())
         return -(weights.double() @ rows.double().sum(-1))
+
+    def drawn(self, gaussian: Gaussian) -> Params:
+        """What the likelihood sees: "value/site" of shape (draw, *site), or "loc/site" and "scale/site" where local."""
+        found = {LOC + name: gaussian.loc[name] for name in self._local}
+        found |= {SCALE + name: gaussian.deviation(name) for name in self._local}
+        if self.drawn_sites:
+            values = gaussian.at(self.weight_noise(gaussian))
+            found |= {VALUE + name: values[name] for name in self.drawn_sites}
+        return found
 
     def expected_prior(self, gaussian: Gaussian, function: Callable[[Params], Tensor]) -> Tensor:
         """Mean over the draws of `function(unconstrained values)`."""
-        values = gaussian.at(self._normal(gaussian))
+        values = gaussian.at(self.weight_noise(gaussian))
         with quiet():
             found = over_draws(function, values, self.noise.num_draws)
         return torch.einsum("s,s...->...", self.noise.weights(found), found)
@@ -107,7 +114,7 @@ class GaussianEnergy:
     ) -> tuple[Any, Tensor]:
         """(first parts of every draw along a leading dim, mean over the draws of the second part)."""
         with quiet():
-            parts, scalar = over_draws(function, gaussian.at(self._normal(gaussian)), self.noise.num_draws)
+            parts, scalar = over_draws(function, gaussian.at(self.weight_noise(gaussian)), self.noise.num_draws)
         return parts, scalar.mean()
 
     def over_noise(
@@ -117,20 +124,28 @@ class GaussianEnergy:
 
         `one_by_one` for what `torch.func.vmap` cannot do, such as sampling.
         """
-        batched, weights = self._noise_of(gaussian, batch)
-        local = {name: (gaussian.loc[name], gaussian.deviation(name)) for name in self.local}
+        return self.over_drawn(self.drawn(gaussian), batch, function, one_by_one)
 
-        def of(drawn: Mapping[str, Tensor]) -> Any:
-            values = gaussian.loc | {name: drawn[name] for name in self.drawn_sites}
-            latents, _ = self.view.constrain(values)
-            answers = Answers(latents, gaussians=local, noise={name: drawn[name] for name in self.row_shapes})
+    def over_drawn(
+        self, drawn: Params, batch: Batch, function: Callable[[Run], Any], one_by_one: bool = False
+    ) -> tuple[Any, Tensor]:
+        """`over_noise` as a function of what `drawn` gives."""
+        noise, weights = self._row_noise(batch, next(iter(drawn.values())))
+        values = {VALUE + name: drawn[VALUE + name] for name in self.drawn_sites}
+        local = {name: (drawn[LOC + name], drawn[SCALE + name]) for name in self._local}
+
+        def of(one: Mapping[str, Tensor]) -> Any:
+            latents = {name: loc for name, (loc, _) in local.items()}
+            latents |= {name: one[VALUE + name] for name in self.drawn_sites}
+            answers = Answers(self.view.support(latents), gaussians=local, noise=one)
             return function(self.program.run(batch, answers, self.model_params))
 
         with quiet():
             if one_by_one:
-                each = [over_draws(of, {n: v[s : s + 1] for n, v in batched.items()}, 1) for s in range(len(weights))]
+                draws = [{name: v[s : s + 1] for name, v in (values | noise).items()} for s in range(len(weights))]
+                each = [over_draws(of, draw, 1) for draw in draws]
                 return torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *each), weights
-            return over_draws(of, batched, len(weights)), weights
+            return over_draws(of, values | noise, len(weights)), weights
 
     def run_prior(self, values: Params) -> Run:
         """The model on made-up rows at one draw of unconstrained values; its log_det is the guide's map's."""
@@ -141,27 +156,24 @@ class GaussianEnergy:
     def _minus_log_prior(self, values: Params) -> Tensor:
         return -self.run_prior(values).log_prior(skip=frozenset(self.conjugate))
 
-    def _noise_of(self, gaussian: Gaussian, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        like = next(iter(gaussian.loc.values()))
-        if (quadrature := self.quadrature) is not None:
-            points, weights = quadrature.points_and_weights(like)
-            shape = next(iter(self.row_shapes.values()))
-            rows = points.reshape(-1, 1, *(1 for _ in shape)).expand(-1, len(batch), *shape)
-            return {next(iter(self.row_shapes)): rows}, weights
-        drawn = {name: rows(batch.ids, like) for name, rows in self._rows.items()}  # type: ignore[attr-defined]
-        if self.drawn_sites:
-            values = gaussian.at(self._normal(gaussian))
-            drawn |= {name: values[name] for name in self.drawn_sites}
-        return drawn, self.noise.weights(like)
-
-    def _normal(self, gaussian: Gaussian) -> Tensor:
-        """The weight noise, drawn once: one seed for all batches."""
+    def weight_noise(self, gaussian: Gaussian) -> Tensor:
+        """Shape (draw, d), drawn once: one seed for all batches."""
         like = next(iter(gaussian.loc.values()))
         key = (str(like.device), like.dtype)
         if key not in self._drawn:  # type: ignore[attr-defined]
             size = sum(value.numel() for value in gaussian.loc.values())
             self._drawn[key] = self.noise.normal(size, like)  # type: ignore[attr-defined]
         return self._drawn[key]  # type: ignore[attr-defined]
+
+    def _row_noise(self, batch: Batch, like: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """(noise of the auxiliary sites, the draws' weights)."""
+        if (quadrature := self.quadrature) is not None:
+            points, weights = quadrature.points_and_weights(like)
+            shape = next(iter(self.row_shapes.values()))
+            rows = points.reshape(-1, 1, *(1 for _ in shape)).expand(-1, len(batch), *shape)
+            return {next(iter(self.row_shapes)): rows}, weights
+        drawn = {name: rows(batch.ids, like) for name, rows in self._rows.items()}  # type: ignore[attr-defined]
+        return drawn, self.noise.weights(like)
 
 
 class _Zero(dict[str, Tensor]):

@@ -89,7 +89,8 @@ class FunctionEnergy:
 
     def estimate(self, params: Params, batch: Batch, num_data: int) -> Tensor:
         """F(γ, S) estimated with the batch standing for all `num_data` rows, scalar, nats."""
-        return self.total_of(params, batch) + (num_data / len(batch) - 1) * self.share_of(params, batch)
+        total = self.total_of(params, batch)
+        return total if num_data == len(batch) else total + (num_data / len(batch) - 1) * self.share_of(params, batch)
 
 
 def estimate_of_parts(energy: Energy, params: Params, batch: Batch, num_data: int) -> Tensor:
@@ -117,9 +118,9 @@ def value_and_gradient(function: Callable[[Params], Tensor], params: Params) -> 
     leaves = {name: value.detach().requires_grad_(True) for name, value in params.items()}
     value = function(leaves)
     if not value.requires_grad:
-        return _finite(value), {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        return finite(value), {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return _finite(value), dict(zip(leaves, found, strict=True))
+    return finite(value), dict(zip(leaves, found, strict=True))
 
 
 def gradient_over(function: Callable[[Params, Batch], Tensor], params: Params, data: Data) -> tuple[float, Params]:
@@ -134,7 +135,12 @@ def gradient_over(function: Callable[[Params, Batch], Tensor], params: Params, d
     return float(value), gradient
 
 
-def _finite(value: Tensor) -> float:
+def finite(value: Tensor) -> float:
+    """The number of a scalar.
+
+    Raises:
+        ValueError: it is not finite.
+    """
     number = float(value.detach())
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(

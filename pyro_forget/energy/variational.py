@@ -14,9 +14,10 @@ from pyro_forget.effects.noise import Noise, seeded
 from pyro_forget.effects.program import Program, over_draws, quiet
 from pyro_forget.effects.run import Answers, Latents
 from pyro_forget.effects.site import Site
-from pyro_forget.energy.gaussian import Conjugate, GaussianEnergy
+from pyro_forget.energy.conjugate import Conjugate
+from pyro_forget.energy.gaussian import GaussianEnergy
 from pyro_forget.energy.protocol import estimate_of_parts, total_of_parts
-from pyro_forget.gaussian import GaussianGuide, gaussian_guide
+from pyro_forget.gaussian import Gaussian, GaussianGuide, gaussian_guide
 from pyro_forget.params import Params, map_params
 
 MODEL_PREFIX = "model."
@@ -44,13 +45,13 @@ class VariationalEnergy:
 
     def prior(self, params: Params) -> Tensor:
         """KL(q ‖ prior), scalar, nats: closed-form where site and guide allow."""
-        return self.whole.prior(params) if self.gaussian is None else self._gaussian(params).prior(self._view(params))
+        return self.whole.prior(params) if self.gaussian is None else self._gaussian(params).prior(self.read(params))
 
     def share(self, params: Params, batch: Batch) -> Tensor:
         """E_q[−log likelihood] summed over the batch's rows, scalar, nats."""
         if self.gaussian is None:
             return self.whole.share(params, batch)
-        return self._gaussian(params).share(self._view(params), batch)
+        return self._gaussian(params).share(self.read(params), batch)
 
     def total(self, params: Params, data: Data) -> Tensor:
         """F(γ, data), scalar, nats."""
@@ -80,8 +81,15 @@ class VariationalEnergy:
         learned = model_part(params)
         return replace(energy, model_params=learned) if learned else energy
 
-    def _view(self, params: Params) -> Any:
-        return self.whole.view.read(guide_part(params)) if self.whole.view else None
+    def read(self, params: Params) -> Gaussian:
+        """The Gaussian that the params stand for; differentiable.
+
+        Raises:
+            ValueError: the guide is not one.
+        """
+        if self.whole.view is None:
+            raise ValueError("This guide is not a Gaussian.")
+        return self.whole.view.read(guide_part(params))
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,7 @@ def _conjugate(first: Site, second: Site) -> Conjugate | None:
     if normals[0] is None or normals[1] is None:
         return None
     same = all(torch.equal(mine, theirs) for mine, theirs in zip(normals[0], normals[1], strict=True))
-    return Conjugate(*normals[0]) if same else None
+    return Conjugate.of(*normals[0]) if same else None
 
 
 def _normal_of(site: Site) -> tuple[Tensor, Tensor] | None:
@@ -240,7 +248,7 @@ def _normal_of(site: Site) -> tuple[Tensor, Tensor] | None:
     plain = site.mask is None and not isinstance(site.scale, Tensor) and site.scale == 1
     if type(fn).__name__ != "Normal" or not plain:
         return None
-    return fn.loc.detach().expand(site.value.shape).clone(), fn.scale.detach().expand(site.value.shape).clone()
+    return fn.loc.detach().expand(site.value.shape), fn.scale.detach().expand(site.value.shape)
 
 
 class _Zeros(dict[str, Tensor]):

@@ -16,10 +16,12 @@ class Gaussian:
     Attributes:
         loc: by site, of the site's unconstrained shape.
         scale: standard deviations by site, or the Cholesky factor L of shape (d, d) over the flattened sites.
+        log_scale: logarithms of the standard deviations, where they are what `scale` was made of.
     """
 
     loc: Params
     scale: Params | Tensor
+    log_scale: Params | None = None
 
     @property
     def is_diagonal(self) -> bool:
@@ -37,11 +39,23 @@ class Gaussian:
         """Marginal standard deviations of one site."""
         return self.variance[site].sqrt() if isinstance(self.scale, Tensor) else self.scale[site]
 
+    def root_of(self, site: str) -> Tensor:
+        """L's rows of one site, whose squares sum to its variances; (*site) where L is diagonal."""
+        if not isinstance(self.scale, Tensor):
+            return self.scale[site]
+        start = 0
+        for name, value in self.loc.items():
+            if name == site:
+                return self.scale[start : start + value.numel()]
+            start += value.numel()
+        raise KeyError(site)
+
     def log_det(self) -> Tensor:
         """Log |L|, scalar."""
         if isinstance(self.scale, Tensor):
             return self.scale.diagonal().log().sum()
-        return torch.stack([value.log().sum() for value in self.scale.values()]).sum()
+        logs = self.log_scale or {name: value.log() for name, value in self.scale.items()}
+        return torch.stack([value.sum() for value in logs.values()]).sum()
 
     def entropy(self) -> Tensor:
         """In nats, scalar."""
@@ -51,9 +65,18 @@ class Gaussian:
     def at(self, noise: Tensor) -> Params:
         """Loc + L·noise by site, for noise of shape (draws, d); each of shape (draws, *site)."""
         if isinstance(self.scale, Tensor):
-            return _split_rows(flatten(self.loc) + noise @ self.scale.mT, self.loc)
-        steps = _split_rows(noise, self.loc)
-        return {name: torch.addcmul(self.loc[name], steps[name], self.scale[name]) for name in self.loc}
+            return self.split(flatten(self.loc) + noise @ self.scale.mT)
+        steps = self.split(noise)
+        # Of equal dims: summing a broadcast gradient would cost a pass even where there is one draw.
+        return {name: torch.addcmul(self.loc[name][None], steps[name], self.scale[name][None]) for name in self.loc}
+
+    def split(self, rows: Tensor) -> Params:
+        """Rows of shape (draws, d) by site, each of shape (draws, *site)."""
+        pieces = rows.split([value.numel() for value in self.loc.values()], dim=-1)
+        return {
+            name: piece.reshape(rows.shape[0], *value.shape)
+            for (name, value), piece in zip(self.loc.items(), pieces, strict=True)
+        }
 
     def root(self, vector: Params) -> Params:
         """L·vector."""
@@ -70,20 +93,12 @@ class Gaussian:
     def detach(self) -> "Gaussian":
         """The same numbers without their graph."""
         scale = self.scale.detach() if isinstance(self.scale, Tensor) else _detached(self.scale)
-        return Gaussian(_detached(self.loc), scale)
+        return Gaussian(_detached(self.loc), scale, self.log_scale and _detached(self.log_scale))
 
     def flat(self) -> tuple[Tensor, Tensor]:
         """(loc of shape (d,), scale of shape (d,) or (d, d)), float64."""
         scale = self.scale if isinstance(self.scale, Tensor) else flatten(self.scale)
         return flatten(self.loc).double(), scale.double()
-
-
-def _split_rows(rows: Tensor, like: Params) -> Params:
-    pieces = rows.split([value.numel() for value in like.values()], dim=-1)
-    return {
-        name: piece.reshape(rows.shape[0], *value.shape)
-        for (name, value), piece in zip(like.items(), pieces, strict=True)
-    }
 
 
 def _detached(params: Params) -> Params:

@@ -1,7 +1,7 @@
 """The map between a guide's parameters and its Gaussian, found from the guide's trace."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_forget.effects.guide import Guide, GuideRun
 from pyro_forget.effects.run import Latents
 from pyro_forget.gaussian.coordinates import Gaussian
-from pyro_forget.gaussian.maps import Map, factor_map, find_loc, find_scale
+from pyro_forget.gaussian.maps import IDENTITY, Map, factor_map, find_loc, find_scale
 from pyro_forget.gaussian.probe import Normals, Probe, base_value, close, normals_of
 from pyro_forget.params import Params
 
@@ -24,6 +24,8 @@ class GaussianGuide:
         read_loc, read_scale: parameters to coordinates.
         write_loc, write_scale: coordinates to the parameters that hold them.
         at_site: sites that the guide samples directly, which local reparametrisation can see.
+        read_logs: parameters to log scales, where they are parameters themselves.
+        write_logs: from locations and log scales by site to the parameters, in that case.
     """
 
     transforms: Mapping[str, Any]
@@ -32,10 +34,13 @@ class GaussianGuide:
     write_loc: Callable[[Params], Params]
     write_scale: Callable[[Params | Tensor], Params]
     at_site: frozenset[str]
+    read_logs: Callable[[Params], Params] | None = None
+    write_logs: Callable[[Params, Params], Params] | None = None
 
     def read(self, params: Params) -> Gaussian:
         """The Gaussian that these parameters stand for; differentiable."""
-        return Gaussian(self.read_loc(params), self.read_scale(params))
+        log_scale = self.read_logs(params) if self.read_logs else None
+        return Gaussian(self.read_loc(params), self.read_scale(params), log_scale)
 
     def write(self, params: Params, gaussian: Gaussian) -> Params:
         """`params` with the entries that hold `gaussian` replaced."""
@@ -51,6 +56,13 @@ class GaussianGuide:
                 latents[name] = transform(values[name])
                 log_det = log_det + transform.log_abs_det_jacobian(values[name], latents[name]).sum()
         return latents, log_det
+
+    def support(self, values: Params) -> Latents:
+        """One draw's latents in their supports."""
+        return {
+            name: values[name] if _is_identity(transform) else transform(values[name])
+            for name, transform in self.transforms.items()
+        }
 
     def is_real(self, site: str) -> bool:
         """Whether the site's coordinates are its values."""
@@ -87,10 +99,7 @@ class _Layout:
 
     def split(self, flat: Mapping[str, Tensor]) -> Params:
         """Coordinates by site from the flattened loc or scale of each Normal."""
-        return {
-            site: flat[normal].reshape(-1)[start : start + shape.numel()].reshape(shape)
-            for site, (normal, start, shape) in self.places.items()
-        }
+        return {site: _piece(flat[normal], start, shape) for site, (normal, start, shape) in self.places.items()}
 
     def join(self, values: Params) -> dict[str, Tensor]:
         """The inverse of `split`."""
@@ -125,6 +134,13 @@ def _layout(run: GuideRun, normals: Normals, transforms: Mapping[str, Any]) -> _
     return _Layout(places, {name: transforms[name] for name in places}, real)
 
 
+def _piece(flat: Tensor, start: int, shape: torch.Size) -> Tensor:
+    """A site's own Normal is taken as it is: a slice would cost its gradient an array of zeros."""
+    if flat.numel() == shape.numel():
+        return flat if flat.shape == shape else flat.reshape(shape)
+    return flat.reshape(-1)[start : start + shape.numel()].reshape(shape)
+
+
 def _diagonal(probe: Probe, layout: _Layout) -> GaussianGuide | None:
     normals = {place[0] for place in layout.places.values()}
     locs = {name: found for name in sorted(normals) if (found := find_loc(probe, name))}
@@ -133,13 +149,21 @@ def _diagonal(probe: Probe, layout: _Layout) -> GaussianGuide | None:
     # Every Normal has its own loc and scale, and none stands for two: else there is no way back.
     if len(used) < 2 * len(normals) or len(set(used)) < len(used):
         return None
-    return GaussianGuide(
+    guide = GaussianGuide(
         layout.transforms,
         lambda params: layout.split({normal: known.forward(params[name]) for normal, (name, known) in locs.items()}),
         lambda params: layout.split({normal: known.forward(params[name]) for normal, (name, known) in scales.items()}),
         lambda loc: _back(layout.join(loc), locs),
         lambda scale: _back(layout.join(_by_site(scale)), scales),
         layout.at_site,
+    )
+    if not all(known.is_exp for _, known in scales.values()):
+        return guide
+    own = {normal: (name, IDENTITY) for normal, (name, _) in scales.items()}
+    return replace(
+        guide,
+        read_logs=lambda params: layout.split({normal: params[name] for normal, (name, _) in own.items()}),
+        write_logs=lambda loc, logs: _back(layout.join(loc), locs) | _back(layout.join(logs), own),
     )
 
 

@@ -17,10 +17,16 @@ _NEWTON_STEPS = 60
 
 @dataclass(frozen=True)
 class Map:
-    """An elementwise map of one parameter, and back."""
+    """An elementwise map of one parameter, and back.
+
+    Attributes:
+        forward, inverse: the map and the way back.
+        is_exp: whether the parameter is the logarithm of its image.
+    """
 
     forward: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
+    is_exp: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class FactorMap:
 
 IDENTITY = Map(lambda x: x, lambda y: y)
 _COMMON_SCALES = (
-    Map(torch.exp, torch.log),
+    Map(torch.exp, torch.log, is_exp=True),
     Map(softplus, lambda y: y + torch.log(-torch.expm1(-y))),
     Map(lambda x: torch.exp(0.5 * x), lambda y: 2 * y.log()),
     IDENTITY,

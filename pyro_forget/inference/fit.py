@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_forget.data import Data
-from pyro_forget.energy import Energy, value_and_gradient
+from pyro_forget.energy import Energy, estimate_and_gradient
 from pyro_forget.inference.lbfgs import LBFGS
 from pyro_forget.params import Params, clone
 from pyro_forget.posterior import VariationalPosterior
@@ -174,7 +174,7 @@ def adam(
         for step in bar:
             fresh = energy.with_fresh_noise(seed * 1_000_003 + step, num_draws)
             batch = next(batches)
-            loss, gradient = value_and_gradient(lambda now: fresh.estimate(now, batch, data.num_data), leaves)  # noqa: B023
+            loss, gradient = estimate_and_gradient(fresh, leaves, batch, data.num_data)
             for name, leaf in leaves.items():
                 leaf.grad = gradient[name]
             optimiser.step()

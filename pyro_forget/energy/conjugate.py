@@ -1,0 +1,68 @@
+"""Normal priors that no latent changes: their part of the energy is closed-form."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_forget.gaussian import Gaussian
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Conjugate:
+    """A site whose prior is Normal with parameters that no latent changes.
+
+    Attributes:
+        loc, scale: of the site's unconstrained shape; without dims, and on the CPU, where all entries share them.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def of(loc: Tensor, scale: Tensor) -> "Conjugate":
+        """One number each where all entries are the same: sums over the site are then dot products."""
+        if loc.numel() and bool((loc == loc.flatten()[0]).all()) and bool((scale == scale.flatten()[0]).all()):
+            return Conjugate(loc.flatten()[0].cpu(), scale.flatten()[0].cpu())
+        return Conjugate(loc.clone(), scale.clone())
+
+    def gap(self, loc: Tensor) -> Tensor:
+        """`loc` minus the prior's."""
+        return loc if self.loc.ndim == 0 and float(self.loc) == 0 else loc - self.loc
+
+    def add_gradient(self, value: Tensor, gradient: Tensor) -> Tensor:
+        """`gradient` + value/scale²: the prior's pull on a gap, or on a standard deviation."""
+        if self.scale.ndim:
+            return gradient + value * self.scale.square().reciprocal()
+        return torch.add(gradient, value, alpha=float(self.scale) ** -2)
+
+
+def cross_entropy(priors: Mapping[str, Conjugate], gaussian: Gaussian) -> Tensor:
+    """E_q[−log p] summed over these sites, scalar, nats, float64.
+
+    Dot products make no arrays, and sites of one prior scale share the rest of the arithmetic.
+    """
+    squares: dict[float, list[Tensor]] = {}
+    found, constant = [], 0.0
+    for name, prior in priors.items():
+        loc = gaussian.loc[name]
+        constant += 0.5 * loc.numel() * _LOG_2PI
+        if prior.scale.ndim:
+            weighted = (prior.gap(loc).square() + gaussian.variance[name]) * prior.scale.square().reciprocal()
+            found.append((0.5 * weighted + prior.scale.log()).sum().double())
+        else:
+            scale = float(prior.scale)
+            constant += loc.numel() * math.log(scale)
+            squares.setdefault(scale, []).extend((_square(prior.gap(loc)), _square(gaussian.root_of(name))))
+    found += [0.5 * scale**-2 * torch.stack(terms).double().sum() for scale, terms in squares.items()]
+    return torch.stack(found).sum() + constant
+
+
+def _square(value: Tensor) -> Tensor:
+    """The sum of squares: a dot product makes no array of them."""
+    flat = value.reshape(-1)
+    return torch.dot(flat, flat)
