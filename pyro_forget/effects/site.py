@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import constraints
@@ -37,13 +38,12 @@ class Site:
 
     def log_prob(self) -> Tensor:
         """The log density, of the site's batch shape, masked and scaled."""
-        mask = self.mask
+        mask, value = self.mask, _unmasked_value(self.fn, self.value)
         if mask is None or mask is True:
-            return self.scale * self.fn.log_prob(self.value)
+            return self.scale * self.fn.log_prob(value)
         if mask is False:
-            return torch.zeros_like(self.fn.log_prob(self.value))
-        # A masked NaN would poison the gradient (0 · NaN), so the density is taken elsewhere.
-        log_prob = self.fn.log_prob(_feasible(self.fn, self.value, mask))
+            return torch.zeros_like(self.fn.log_prob(value))
+        log_prob = self.fn.log_prob(_feasible(self.fn, value))
         return self.scale * torch.where(mask, log_prob, torch.zeros_like(log_prob))
 
     def by_row(self, num_rows: int) -> Tensor:
@@ -80,12 +80,25 @@ def make_site(msg: dict[str, Any], plate: str, data_scale: float) -> Site:
     return Site(msg["name"], msg["fn"], msg["value"], msg["mask"], scale, frame, bool(msg["is_observed"]))
 
 
-def _feasible(fn: Any, value: Tensor, mask: Tensor) -> Tensor:
-    """`value` with masked NaN entries replaced by something inside the support."""
-    support = getattr(fn, "support", None)
-    inside = 0.5 if support is constraints.unit_interval else 1.0
+def _unmasked_value(fn: Any, value: Tensor) -> Tensor:
+    """`value` with something feasible where a `MaskedDistribution` hides a NaN."""
+    while type(fn).__name__ in ("Independent", "ExpandedDistribution"):
+        fn = fn.base_dist
+    mask = getattr(fn, "_mask", None)
+    if not isinstance(fn, MaskedDistribution) or not isinstance(mask, Tensor):
+        return value
+    hidden = ~mask.reshape(*mask.shape, *(1 for _ in fn.event_shape))
+    return torch.where(hidden, _feasible(fn, value), value)
+
+
+def _feasible(fn: Any, value: Tensor) -> Tensor:
+    """`value` with something inside the support for NaN.
+
+    A masked NaN would poison the gradient (0 · NaN), so its density is taken elsewhere.
+    """
     if not value.is_floating_point():
         return value
+    inside = 0.5 if fn.support is constraints.unit_interval else 1.0
     return torch.where(torch.isnan(value), torch.full_like(value, inside), value)
 
 

@@ -191,7 +191,7 @@ def unconstrain(program: Program, latents: Latents) -> Params:
         found = over_draws(of, flat, lead[0] * lead[1])
     bad = [name for name, value in found.items() if not bool(torch.isfinite(value).all())]
     if bad:
-        raise ValueError(f"Draws of {bad} lie outside or on the edge of the site's support, or are not finite.")
+        raise ValueError(f"Draws of {bad} lie outside or on the edge of the site's support.")
     return {name: value.unflatten(0, lead) for name, value in found.items()}
 
 
@@ -220,6 +220,8 @@ def checked_draws(draws: Mapping[str, Tensor], shapes: Mapping[str, torch.Size])
             raise ValueError(
                 f"Draws of '{name}' have shape {tuple(value.shape)}; (chain, draw, *{tuple(shape)}) is needed."
             )
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"Draws of '{name}' are not all finite: a chain diverged. Leave its draws out.")
         leads.add(tuple(value.shape[:2]))
     if len(leads) > 1:
         raise ValueError(f"The sites have different numbers of chains and draws: {sorted(leads)}.")

@@ -13,6 +13,7 @@ from pyro_forget.effects.guide import Guide
 from pyro_forget.effects.parameters import NeverFitted, Parametrised, fresh_copy, is_fitted, unfitted_copy
 from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import Program, quiet
+from pyro_forget.effects.run import Latents
 from pyro_forget.params import Params
 
 
@@ -32,8 +33,7 @@ def adopt_guide(guide: Callable[..., Any], data: Data, program: Program) -> Guid
     adopted = Guide.of(parametrised, program.plate, program.template)
     with quiet(), torch.no_grad():
         _same_latents(adopted, program, batch)
-        if adopted.num_normals is not None:
-            _not_amortised(adopted, data, batch)
+        _refuse_amortised(adopted, data, batch)
     return adopted
 
 
@@ -75,19 +75,33 @@ def first_params(guide: Guide, data: Data, seed: int = 0) -> Params:
 
 def _same_latents(guide: Guide, program: Program, batch: Batch) -> None:
     with torch.random.fork_rng():
-        mine = set(guide.run({}, None).latents)
-    theirs = set(latent_shapes(program, batch))
+        run = guide.run({}, None)
+    mine = {name: tuple(value.shape) for name, value in run.latents.items()}
+    theirs = {name: tuple(shape) for name, shape in latent_shapes(program, batch).items()}
     if mine != theirs:
         raise ValueError(
-            f"Guide and model differ in their latents: only in the guide {sorted(mine - theirs)}, only in the model "
-            f"{sorted(theirs - mine)}. Pass the pair that was fitted together (the same reparametrised model)."
+            "Guide and model differ in their latents: only in the guide "
+            f"{dict(sorted(mine.items() - theirs.items()))}, only in the model "
+            f"{dict(sorted(theirs.items() - mine.items()))}. Pass the pair that was fitted together (the same "
+            "reparametrised model)."
         )
+    for site in run.sites:
+        if not site.fn.has_rsample:
+            raise ValueError(
+                f"The guide draws latent '{site.name}' from a {type(site.fn).__name__}, which has no reparametrised "
+                "sample: the gradient of an energy does not pass through it. Use a distribution with `rsample`."
+            )
 
 
-def _not_amortised(guide: Guide, data: Data, batch: Batch) -> None:
+def _refuse_amortised(guide: Guide, data: Data, batch: Batch) -> None:
     third = next(data.split(batch.ids[::3])[0].batches())
-    noise = torch.linspace(-1.0, 1.0, guide.num_normals or 0)
-    runs = [guide.run({}, noise, rows).latents for rows in (batch, third, None)]
+
+    def draw(rows: Batch | None) -> Latents:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return guide.run({}, None, rows).latents
+
+    runs = [draw(rows) for rows in (batch, third, None)]
     for name, value in runs[0].items():
         for other in runs[1:]:
             if other[name].shape != value.shape or not torch.allclose(other[name], value, rtol=RTOL, atol=1e-6):

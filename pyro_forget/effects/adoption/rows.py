@@ -4,6 +4,7 @@ The check runs all rows (at most one batch of them) and a third of them at the s
 likelihood by row and scales must agree, or the posterior of fewer rows is not what the model says it is.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +82,11 @@ def _same_prior(whole: Run, part: Run, first: str, second: str) -> None:
         if mine.is_data:
             continue
         values = float(mine.log_prob().sum()), float(theirs.log_prob().sum())
-        if abs(values[0] - values[1]) > RTOL * max(1.0, abs(values[0])) or values[0] != values[0]:
+        if not math.isfinite(values[0]):
+            raise ValueError(
+                f"Site '{mine.name}' has log density {values[0]} with {first}: its value lies outside its support."
+            )
+        if not abs(values[0] - values[1]) <= RTOL * max(1.0, abs(values[0])):
             raise ValueError(
                 f"The prior depends on the data: site '{mine.name}', outside the data plate, has log density "
                 f"{values[0]:.6g} with {first} and {values[1]:.6g} with {second}. Compute such quantities beforehand "
@@ -91,8 +96,9 @@ def _same_prior(whole: Run, part: Run, first: str, second: str) -> None:
 
 def _same_rows(whole: Tensor, part: Tensor) -> None:
     gap = (whole - part).abs()
-    if bool((gap > RTOL * whole.abs().clamp(min=1.0)).any()):
-        worst = int(gap.argmax())
+    apart = ~(gap <= RTOL * whole.abs().clamp(min=1.0)) & whole.isfinite()
+    if bool(apart.any()):
+        worst = int(torch.where(apart, gap.nan_to_num(nan=torch.inf), 0.0).argmax())
         raise ValueError(
             f"A row's log likelihood depends on which other rows come along ({float(whole[worst]):.6g} with all rows, "
             f"{float(part[worst]):.6g} with a third of them). Look for centring or scaling inside the model, batch "
