@@ -5,7 +5,7 @@ from typing import cast
 
 from pyro_forget.curvature.hessian import Hessian
 from pyro_forget.inference.location import Step, best_step, krylov, moved
-from pyro_forget.inference.sweeps import Descent, Sweep, ending
+from pyro_forget.inference.sweeps import Descent, Sweep, ending, undamped_fall
 from pyro_forget.params import Params, subtract
 from pyro_forget.solvers.lanczos import KrylovSpace
 from pyro_forget.tilt import TiltedEnergy, total_and_gradient
@@ -39,7 +39,7 @@ class NewtonSteps:
             if step is None:
                 ended = stop or "nothing accepted"
                 break
-            sweeps.append(Sweep(step, None, space.num_steps))
+            sweeps.append(Sweep(step, None, space.num_steps, undamped_fall(space)))
             params, values = step.params, (values[0] - step.realised, values[1] - step.held_out)
             if number + 1 < self.max_sweeps:
                 _, gradient = total_and_gradient(tilted.energy, params, tilted.retained)
