@@ -7,7 +7,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoNormalizingFlow
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -76,9 +76,10 @@ def unfitted_copy(program: Any) -> Any:
             "here. Fit a new one to the retained data: `fit_guide(model, guide, retained)`."
         )
     copied = _deep_copy(program)
-    for part in copied.modules():
-        if isinstance(part, AutoGuide):
-            part.prototype_trace = None
+    for part in [part for part in copied.modules() if isinstance(part, AutoGuide)]:
+        part.prototype_trace = None
+        if isinstance(part, AutoNormalizingFlow):
+            part.transform = None
     return copied
 
 
