@@ -291,6 +291,21 @@ def test_too_few_pairs_are_antithetic_all_the_same() -> None:
     assert torch.equal(noise[:4], -noise[4:])
 
 
+def test_pairs_without_frames_are_independent() -> None:
+    """Antithetic, so means are exact; second moments are those of a sample."""
+    noise, ids = Noise(3, 8, framed=False), torch.arange(5)
+    for drawn in (noise.normal(3, like()), RowNoise(noise, ids, 0, torch.Size([3]))(ids, like())[:, 2]):
+        assert torch.equal(drawn[:8], -drawn[8:])
+        assert (drawn.T @ drawn / 16 - torch.eye(3)).abs().max() > 0.01
+
+
+def test_one_batch_draws_its_noise_once() -> None:
+    rows, ids = RowNoise(Noise(3, 2), torch.arange(5), 0, torch.Size([2])), torch.tensor([4, 1])
+    first = rows(ids, like())
+    assert rows(ids, like()) is first and torch.equal(rows(ids.clone(), like()), first)
+    assert rows(ids, like(torch.float32)).dtype == torch.float32
+
+
 def test_frames_are_standard_normal_on_the_whole() -> None:
     """Each frame is random: over seeds, a coordinate has the moments of N(0, 1) up to the second, and no favourite."""
     found = torch.stack([Noise(seed, 2).normal(2, like())[:2] for seed in range(4000)])

@@ -41,6 +41,7 @@ class Data:
         self._all_ids = self._rows if ids is None else _own_ids(ids, source.num_rows)
         self.batch_size = _checked_size(batch_size)
         self.device: torch.device | None = None
+        self._whole: Batch | None = None
         return self
 
     @staticmethod
@@ -138,7 +139,14 @@ class Data:
         return positions_of(as_ids(ids), self.ids, "the data")
 
     def batches(self) -> Iterator[Batch]:
-        """Batches of `batch_size` rows in a fixed order; none for no rows."""
+        """Batches of `batch_size` rows in a fixed order; none for no rows.
+
+        Rows that fill one batch are looked up once: a solver passes over them dozens of times.
+        """
+        if 0 < self.num_data <= self.batch_size:
+            self._whole = self._whole or self._batch(self._rows)
+            yield self._whole
+            return
         for rows in self._rows.split(self.batch_size) if self.num_data else ():
             yield self._batch(rows)
 
@@ -188,7 +196,7 @@ class Data:
 
     def _view(self, rows: Tensor) -> "Data":
         view = object.__new__(Data)
-        view.__dict__.update(self.__dict__ | {"_rows": rows})
+        view.__dict__.update(self.__dict__ | {"_rows": rows, "_whole": None})
         return view
 
     def _batch(self, rows: Tensor) -> Batch:

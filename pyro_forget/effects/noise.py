@@ -21,6 +21,7 @@ BLOCK = 1024
 GAUSS_HERMITE_NODES = 7
 _MAX_POOL = 128
 _MAX_KEPT_ELEMENTS = 1_000_000
+_RECENT, _MAX_RECENT_ELEMENTS = 3, 4_000_000  # erased, retained and a probe of a request
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Noise:
         antithetic: False for `pairs` independent draws without moments, the noise of plain stochastic training.
         keyed: False for noise that goes by a row's place in its batch: cheaper, and enough where every batch gets a
             seed of its own.
+        framed: False for antithetic pairs that are independent of each other, whose second moments are not exact.
     """
 
     seed: int = 0
     pairs: int = 1
     antithetic: bool = True
     keyed: bool = True
+    framed: bool = True
 
     @staticmethod
     def fresh(seed: int, num_draws: int) -> "Noise":
@@ -59,19 +62,18 @@ class Noise:
         generator = seeded(like.device, self.seed)
         if not self.antithetic:
             return torch.randn(self.pairs, size, generator=generator, dtype=like.dtype, device=like.device)
-        return antithetic_frame(self.pairs, size, generator, like)
+        if self.has_frames(size):
+            draws = math.sqrt(self.pairs) * orthonormal_frames(1, self.pairs, size, generator, like).squeeze(0)
+        else:
+            draws = torch.randn(self.pairs, size, generator=generator, dtype=like.dtype, device=like.device)
+        return torch.cat([draws, -draws])
 
+    def has_frames(self, size: int) -> bool:
+        """Whether `size` coordinates come as a random orthonormal frame and its mirror image, with exact moments.
 
-def antithetic_frame(pairs: int, size: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Noise of shape (2 · pairs, size): a random orthonormal frame and its mirror image.
-
-    Where size > pairs no frame exists and the moments are antithetic only.
-    """
-    if size <= pairs:
-        draws = math.sqrt(pairs) * orthonormal_frames(1, pairs, size, generator, like).squeeze(0)
-    else:
-        draws = torch.randn(pairs, size, generator=generator, dtype=like.dtype, device=like.device)
-    return torch.cat([draws, -draws])
+        Where size > pairs no frame exists and the moments are antithetic only.
+        """
+        return self.antithetic and self.framed and size <= self.pairs
 
 
 def orthonormal_frames(count: int, length: int, size: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -102,6 +104,7 @@ class RowNoise:
         self._blocks: OrderedDict[tuple[int, str, torch.dtype], Tensor] = OrderedDict()
         self._pools: dict[tuple[str, torch.dtype], Tensor] = {}
         self._index: Index | None = None
+        self._recent: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, ids: Tensor, like: Tensor) -> Tensor:
         """Shape (num_draws, rows, *shape)."""
@@ -111,6 +114,16 @@ class RowNoise:
             generator = seeded(like.device, self.noise.seed, self.site + 1)
             shape = (self.noise.num_draws, len(ids), *self.shape)
             return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+        # The same tensor of ids, not only the same ids: data that are one batch hand it out every time.
+        for known, kept in self._recent:
+            if known is ids and kept.dtype == like.dtype and kept.device == like.device:
+                return kept
+        drawn = self._keyed(ids, like)
+        if drawn.numel() <= _MAX_RECENT_ELEMENTS:
+            self._recent = [(ids, drawn), *self._recent[: _RECENT - 1]]
+        return drawn
+
+    def _keyed(self, ids: Tensor, like: Tensor) -> Tensor:
         self._index = self._index or Index(self.ids, "the posterior")
         places = self._index.positions(ids)
         blocks, inverse = (places // BLOCK).unique(return_inverse=True)
@@ -138,7 +151,7 @@ class RowNoise:
     def _draw(self, block: int, like: Tensor) -> Tensor:
         rows, size, pairs = self._rows_of(block), math.prod(self.shape), self.noise.pairs
         generator = seeded(like.device, self.noise.seed, self.site + 1, block)
-        if self.noise.antithetic and size <= pairs:
+        if self.noise.has_frames(size):
             pool = self._pool(like)
             turns = orthonormal_frames(-(-rows // len(pool)), pairs, size, generator, like)
             drawn = (math.sqrt(pairs) * (pool.flatten(0, 1) @ turns)).reshape(-1, pairs, size)[:rows].transpose(0, 1)

@@ -71,7 +71,7 @@ class GaussianEnergy:
     def quadrature(self) -> Quadrature | None:
         """Gauss-Hermite nodes, where all noise is a single number a row."""
         single = len(self.row_shapes) == 1 and next(iter(self.row_shapes.values())).numel() == 1
-        return Quadrature() if single and not self.drawn_sites and self.noise.antithetic else None
+        return Quadrature() if single and not self.drawn_sites and self.noise.has_frames(1) else None
 
     def with_noise(self, noise: Noise) -> "GaussianEnergy":
         """The same under other noise."""
