@@ -17,6 +17,7 @@ from pyro_forget.gaussian import Gaussian
 from pyro_forget.params import Params, add, zeros_like
 
 MAX_COUPLED = 64
+PROBED_ROWS = 64
 
 
 class GaussNewton:
@@ -41,7 +42,7 @@ class GaussNewton:
         self.energy, self.gaussian, self.data = energy, gaussian.detach(), data
         self._prior = PriorCurvature(energy, self.gaussian)
         self._closed = _is_closed(energy, self.gaussian)
-        self._linear = self._closed and _is_linear(energy, self.gaussian, next(data.batches()))
+        self._linear = self._closed and _is_linear(energy, self.gaussian, _some_rows(data))
         self._keep = data.num_data <= data.batch_size
         self._kept: dict[int, _Pieces] = {}
         self.num_products = 0
@@ -153,6 +154,12 @@ def _is_linear(energy: GaussianEnergy, gaussian: Gaussian, batch: Batch) -> bool
     return True
 
 
+def _some_rows(data: Data) -> Batch:
+    """A few rows from all over the data."""
+    chosen = torch.linspace(0, data.num_data - 1, min(data.num_data, PROBED_ROWS)).round().long()
+    return next(data.split(data.ids[chosen])[0].with_batch_size(PROBED_ROWS).batches())
+
+
 def _wave(like: Tensor) -> Tensor:
     return torch.cos(torch.arange(like.numel(), dtype=like.dtype, device=like.device)).reshape(like.shape)
 
@@ -173,7 +180,8 @@ def _linear_pieces(energy: GaussianEnergy, gaussian: Gaussian, batch: Batch, clo
     with torch.no_grad():
         sites, weights = energy.over_noise(gaussian, batch, read)
     with torch.enable_grad():
-        one = energy.with_noise(Noise(energy.noise.seed, pairs=1, antithetic=False))
+        # Whichever draw: its noise need not belong to its rows.
+        one = energy.with_noise(Noise.fresh(energy.noise.seed, 1))
         alone, _ = one.over_noise(Gaussian(leaves, gaussian.scale), batch, _Read())
     return _Pieces(leaves, _outputs(alone), _mean_fisher(read.families, sites, weights))
 
