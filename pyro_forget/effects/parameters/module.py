@@ -80,6 +80,9 @@ def unfitted_copy(program: Any) -> Any:
         part.prototype_trace = None
         if isinstance(part, AutoNormalizingFlow):
             part.transform = None
+            # The old flow's first weight would go for one of the new; `del` would take it out of the store as well.
+            part._parameters.pop("_prototype_tensor", None)
+            part._prototype_tensor = torch.tensor(0.0)
     return copied
 
 
