@@ -11,7 +11,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from pyro_forget.data import Batch, Data
-from pyro_forget.effects.adoption import adopt_guide, adopt_model, check_rows, start_guide
+from pyro_forget.effects.adoption import adopt_guide, adopt_model, check_rows, start_guide, start_model
 from pyro_forget.effects.guide import Guide
 from pyro_forget.effects.parameters import loaded_store, unconditioned
 from pyro_forget.effects.program import Program, latents_log_likelihood, over_draws, quiet
@@ -65,11 +65,11 @@ class VariationalPosterior:
     def started(
         model: Callable[..., Any], guide: Callable[..., Any], data: Data, *, plate: str = "data", seed: int = 0
     ) -> "VariationalPosterior":
-        """The posterior that a fit starts from: the guide as it is, or, never fitted, as it is first made.
+        """The posterior that a fit starts from: guide and model as they are, or, never fitted, as they are first made.
 
         The user's guide and the parameter store are left as they were.
         """
-        program = adopt_model(model, data, plate)
+        program = start_model(model, data, plate, seed)
         adopted = start_guide(guide, data, program, seed)
         check_rows(program, data, first_draw(adopted).latents)
         posterior = object.__new__(VariationalPosterior)

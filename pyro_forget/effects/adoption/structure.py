@@ -7,7 +7,7 @@ import pyro
 import torch
 
 from pyro_forget.data import Batch, Data
-from pyro_forget.effects.parameters import Parametrised
+from pyro_forget.effects.parameters import NeverFitted, Parametrised
 from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import Program
 
@@ -19,8 +19,9 @@ def adopt_model(
     *,
     minibatch_scale: bool = False,
     freeze: tuple[str, ...] = (),
+    unfitted: bool = False,
 ) -> Program:
-    """Read a model's structure from one plain run.
+    """Read a model's structure from one plain run; `unfitted`: with learned parameters as they are first made.
 
     Raises:
         ValueError: its latents, plates or observed sites are of a kind that cannot be taken over; the message says
@@ -42,14 +43,26 @@ def adopt_model(
                 sizes.extend(asked)
 
     try:
-        parametrised = Parametrised.of(model, run).frozen(freeze)
+        found = Parametrised.rebuilt(model, run, None) if unfitted else Parametrised.of(model, run)
     finally:
         _refuse_sizes(sizes, plate, (len(batch), data.num_data))
     sites = [node for node in traces[0].nodes.values() if node["type"] == "sample" and not _is_bookkeeping(node)]
     if not any(_frame(site, plate) for site in sites):
         raise ValueError(_no_plate(sites, plate))
     _refuse_locals(sites, plate)
-    return Program(parametrised, plate, data.indexed, data.template(), data.num_data if minibatch_scale else None)
+    return Program(
+        found.frozen(freeze), plate, data.indexed, data.template(), data.num_data if minibatch_scale else None
+    )
+
+
+def start_model(model: Callable[..., Any], data: Data, plate: str, seed: int = 0) -> Program:
+    """Read a model that is to be fitted: parameters of its own that were never made are as they are first made."""
+    try:
+        return adopt_model(model, data, plate)
+    except NeverFitted:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return adopt_model(model, data, plate, unfitted=True)
 
 
 def latent_shapes(program: Program, batch: Batch) -> dict[str, torch.Size]:
