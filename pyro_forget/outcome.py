@@ -16,7 +16,8 @@ from pyro_forget.posterior import Posterior
 class Sweep:
     """One sweep of location and scale. Falls are of the tilted retained energy, in nats; a kept step lowers it.
 
-    `realised` is measured under the noise that the step was computed with, `held_out` under another.
+    `realised` is measured under the noise that the step was computed with, `held_out` under another. `scale_…` are
+    the scale's, `ahead_…` those of going on along the sweep's own direction, which promises nothing.
     """
 
     damping: float
@@ -27,6 +28,8 @@ class Sweep:
     scale_realised: float = 0.0
     scale_held_out: float = 0.0
     num_products: int = 0
+    ahead_realised: float = 0.0
+    ahead_held_out: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from pyro_forget.params import Params, map_params
 MODEL_PREFIX = "model."
 MAX_FRAME = 256
 FEW_PAIRS = 8
+MANY_PAIRS = 64
+DRAWS_TIMES_ROWS = 200_000
 NETWORK_PAIRS = 16
 
 
@@ -168,25 +170,28 @@ def variational_energy(program: Program, guide: Guide, ids: Tensor) -> Variation
         transforms = {site.name: biject_to(site.fn.support) for site in sites if not site.observed}
         view = gaussian_guide(guide, {name: transforms[name] for name in transforms})
         if view is None:
-            noise = Noise(pairs=default_pairs(guide.num_normals or 1, {}))
+            noise = Noise(pairs=default_pairs(guide.num_normals or 1, {}, len(ids)))
             return VariationalEnergy(None, GuideEnergy(program, guide, noise))
         local, row_shapes = _local_sites(program, guide, view, latents)
         size = guide.num_normals or 0
-        noise = Noise(pairs=default_pairs(0 if local == set(transforms) else size, row_shapes))
+        noise = Noise(pairs=default_pairs(0 if local == set(transforms) else size, row_shapes, len(ids)))
         known = _conjugate_sites(program, view, latents)
         factors = any(type(site.fn).__name__ == "Unit" for site in sites if site.is_data)
         energy = GaussianEnergy(program, view, ids, noise, known, local, row_shapes, not factors)
         return VariationalEnergy(energy, GuideEnergy(program, guide, noise, view))
 
 
-def default_pairs(size: int, row_shapes: Mapping[str, torch.Size]) -> int:
+def default_pairs(size: int, row_shapes: Mapping[str, torch.Size], num_data: int) -> int:
     """Enough pairs for exact second moments where that is affordable.
 
     Frames need as many pairs as coordinates: all `size` weights that are drawn, the outputs of one row under local
-    reparametrisation. Hidden layers of a network are out of reach; there the mean over pairs must do.
+    reparametrisation. What is not quadratic in the weights (a latent scale, say) wants more draws than that, so few
+    weights get up to 64 pairs where the rows are few. Hidden layers of a network are out of reach; there the mean
+    over pairs must do.
     """
     if size:
-        return max(size, FEW_PAIRS) if size <= MAX_FRAME else NETWORK_PAIRS
+        affordable = min(MANY_PAIRS, DRAWS_TIMES_ROWS // max(num_data, 1))
+        return max(size, affordable, FEW_PAIRS) if size <= MAX_FRAME else NETWORK_PAIRS
     outputs = [shape.numel() for shape in row_shapes.values()]
     return max([FEW_PAIRS, *(number for number in outputs if number <= NETWORK_PAIRS)])
 

@@ -41,7 +41,7 @@ class Influence:
         H⁻¹∇h that the first sweep refines.
     """
 
-    max_sweeps: int = 6
+    max_sweeps: int = 8
     num_products: int = 20
     num_pairs: int | None = None
     num_held_out: int | None = None
@@ -185,15 +185,15 @@ def _evidence(settings: Influence, sought: _Sought, pair: Pair, descent: Descent
         damping=sweeps[-1].damping if sweeps else None,
         sweeps=sweeps,
         predicted_fall=sum(row.predicted + row.scale_predicted for row in sweeps),
-        realised_fall=sum(row.realised + row.scale_realised for row in sweeps),
-        held_out_fall=sum(row.held_out + row.scale_held_out for row in sweeps),
+        realised_fall=sum(row.realised + row.scale_realised + row.ahead_realised for row in sweeps),
+        held_out_fall=sum(row.held_out + row.scale_held_out + row.ahead_held_out for row in sweeps),
         untilted_fall=untilted,
         stationarity=nu,
     )
 
 
 def _row(sweep: KeptSweep) -> Sweep:
-    location, scale = sweep.location, sweep.scale
+    location, scale, ahead = sweep.location, sweep.scale, sweep.ahead
     return Sweep(
         damping=location.damping if location else 0.0,
         predicted=location.predicted if location else 0.0,
@@ -203,6 +203,8 @@ def _row(sweep: KeptSweep) -> Sweep:
         scale_realised=scale.realised if scale else 0.0,
         scale_held_out=scale.held_out if scale else 0.0,
         num_products=sweep.num_products,
+        ahead_realised=ahead.realised if ahead else 0.0,
+        ahead_held_out=ahead.held_out if ahead else 0.0,
     )
 
 

@@ -68,7 +68,7 @@ def best_step(
         if not predicted > 0 or (best is not None and best.held_out >= predicted):
             # Falls beyond the prediction are rare and small: the more damped steps cannot win any more.
             continue
-        step = _measured(move(solution.value), pair, values, damping, predicted, solution.residual)
+        step = measured(move(solution.value), pair, values, damping, predicted, solution.residual)
         if min(step.realised, step.held_out) >= ACCEPT * predicted and (best is None or step.held_out > best.held_out):
             best = step
     return best
@@ -79,7 +79,7 @@ def moved(params: Params, step: Params) -> Params:
     return params | axpy(1.0, step, {name: params[name] for name in step})
 
 
-def _measured(
+def measured(
     params: Params,
     pair: tuple[TiltedEnergy, TiltedEnergy],
     values: tuple[float, float],
@@ -87,6 +87,7 @@ def _measured(
     predicted: float,
     residual: float,
 ) -> Step:
+    """The step to `params` with the falls that it brings under both noises; `values` are those where it starts."""
     realised = values[0] - pair[0].value(params)
     held_out = realised if pair[1] is pair[0] else values[1] - pair[1].value(params)
     return Step(params, damping, predicted, realised, held_out, residual)

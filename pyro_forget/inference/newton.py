@@ -11,7 +11,7 @@ from pyro_forget.solvers.lanczos import KrylovSpace
 from pyro_forget.tilt import TiltedEnergy, total_and_gradient
 
 # Of the largest curvature seen: the params have no metric of their own here.
-RELATIVE_DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RELATIVE_DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class NewtonSteps:
         num_products: Hessian products of a step's Krylov space.
     """
 
-    max_sweeps: int = 6
+    max_sweeps: int = 8
     num_products: int = 20
 
     def run(self, pair: tuple[TiltedEnergy, TiltedEnergy]) -> Descent:

@@ -1,7 +1,7 @@
 """Block Gauss-Seidel on the tilted retained energy of a Gaussian guide: sweeps of location, then scale."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -11,13 +11,14 @@ from pyro_forget.curvature.gauss_newton import GaussNewton
 from pyro_forget.energy import CoordinateEnergy, gaussian_of, loc_part
 from pyro_forget.energy.coordinates import LOC
 from pyro_forget.gaussian import Gaussian
-from pyro_forget.inference.location import Step, best_step, krylov, moved
+from pyro_forget.inference.location import Step, best_step, krylov, measured, moved
 from pyro_forget.inference.scale import scale_step
-from pyro_forget.params import Params, dot, norm, size, subtract
+from pyro_forget.params import Params, axpy, dot, norm, size, subtract
 from pyro_forget.solvers.lanczos import KrylovSpace
 from pyro_forget.tilt import TiltedEnergy, total_and_gradient
 
 GROWTH = 2.0
+MAX_RATE = 0.8
 # Of the fall so far. Along a ridge (a scale times an offset) a hundredth of the fall is a tenth of the distance.
 ENOUGH = 0.001
 
@@ -30,17 +31,19 @@ class Sweep:
         location, scale: the steps.
         num_products: curvature products.
         undamped: what the location's undamped step promised, accepted or not; see `undamped_fall`.
+        ahead: the step further along the sweep's own direction.
     """
 
     location: Step | None
     scale: Step | None
     num_products: int
     undamped: float
+    ahead: Step | None = None
 
     @property
     def fall(self) -> float:
         """Realised fall of the tilted energy under the sweep's own noise, nats."""
-        return sum(step.realised for step in (self.location, self.scale) if step is not None)
+        return sum(step.realised for step in (self.location, self.scale, self.ahead) if step is not None)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Sweeps:
         num_products: Gauss-Newton products of a sweep's Krylov space.
     """
 
-    max_sweeps: int = 6
+    max_sweeps: int = 8
     num_products: int = 20
 
     def run(self, pair: tuple[TiltedEnergy, TiltedEnergy]) -> Descent:
@@ -85,10 +88,13 @@ class Sweeps:
             if number and (stop := ending(space, sweeps, pair[0])):
                 ended = stop
                 break
+            start = params
             sweep, params, values = _sweep(pair, params, values, gradient, space, products)
             if sweep is None:
                 ended = "converged" if undamped_fall(space) <= tolerance(pair[0]) else "nothing accepted"
                 break
+            if sweeps and (ahead := _ahead(pair, start, params, values, sweep.fall / sweeps[-1].fall)):
+                sweep, params, values = replace(sweep, ahead=ahead), ahead.params, _fallen(values, ahead)
             sweeps.append(sweep)
             if number + 1 < self.max_sweeps:
                 _, gradient = total_and_gradient(pair[0].energy, params, pair[0].retained)
@@ -158,6 +164,24 @@ def _sweep(
     if location is None and scale is None:
         return None, params, values
     return Sweep(location, scale, products, undamped_fall(space)), params, values
+
+
+def _ahead(
+    pair: tuple[TiltedEnergy, TiltedEnergy],
+    start: Params,
+    params: Params,
+    values: tuple[float, float],
+    ratio: float,
+) -> Step | None:
+    """Where the sweeps are heading, if the energy is lower there under both noises.
+
+    Location and scale pull at each other in hierarchies, so that sweeps shrink by a steady factor ρ; the sum of the
+    geometric series that is left is ρ / (1 − ρ) of the last one (Aitken 1926). Falls shrink by ρ².
+    """
+    rate = min(math.sqrt(max(ratio, 0.0)), MAX_RATE)
+    ahead = axpy(rate / (1 - rate), subtract(params, start), params)
+    step = measured(ahead, pair, values, 0.0, 0.0, 0.0)
+    return step if min(step.realised, step.held_out) > 0 else None
 
 
 def _shifted(params: Params, gaussian: Gaussian, solution: Params) -> Params:
