@@ -99,8 +99,11 @@ def _by_root(probe: Probe, normal: str) -> tuple[str, Map] | None:
             continue
         found = Map(forward, _newton_inverse(forward, own[name].reshape(-1)))
         # Only a map of each entry alone leads back to the parameter: the check refuses all others.
-        if close(found.inverse(targets[1]), probe.params[1][name].reshape(-1), 1e-3):
-            return name, found
+        try:
+            if close(found.inverse(targets[1]), probe.params[1][name].reshape(-1), 1e-3):
+                return name, found
+        except ValueError:
+            continue
     return None
 
 
@@ -115,6 +118,11 @@ def _newton_inverse(forward: Callable[[Tensor], Tensor], start: Tensor) -> Calla
             value = value.detach() + (gap / slope).clamp(-1.0, 1.0)
             if float(gap.abs().max()) < 4 * torch.finfo(gap.dtype).eps:
                 break
+        if not float(gap.abs().max()) < 1e-4:
+            raise ValueError(
+                f"The guide cannot have standard deviations down to {float(target.min()):g}: its map from parameters "
+                "to scales does not reach them. Use exp or softplus without a floor."
+            )
         return value.detach()
 
     return inverse
