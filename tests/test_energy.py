@@ -220,11 +220,20 @@ def test_an_estimate_is_unbiased_over_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "shapes", "pairs"),
-    [(3, [], 8), (200, [], 200), (500, [], 16), (0, [10], 10), (0, [300, 10], 10), (0, [1], 8), (20, [10], 20)],
+    ("size", "shapes", "num_data", "pairs"),
+    [
+        (3, [], 100_000, 8),
+        (3, [], 60, 64),
+        (200, [], 60, 200),
+        (500, [], 60, 16),
+        (0, [10], 60, 10),
+        (0, [300, 10], 60, 10),
+        (0, [1], 60, 8),
+        (20, [10], 100_000, 20),
+    ],
 )
-def test_as_many_pairs_as_exact_moments_need(size: int, shapes: list[int], pairs: int) -> None:
-    assert default_pairs(size, {str(n): torch.Size([n]) for n in shapes}) == pairs
+def test_as_many_pairs_as_exact_moments_need(size: int, shapes: list[int], num_data: int, pairs: int) -> None:
+    assert default_pairs(size, {str(n): torch.Size([n]) for n in shapes}, num_data) == pairs
 
 
 # --- derivatives
