@@ -1,0 +1,10 @@
+"""Methods of forgetting, one a file; each is a `Forgetter`, whose settings are its fields."""
+
+from pyro_forget.forgetters.default import default_forgetter
+from pyro_forget.forgetters.finetune import Finetune
+from pyro_forget.forgetters.influence import Influence
+from pyro_forget.forgetters.retrain import Retrain
+from pyro_forget.forgetters.reweight import Reweight
+from pyro_forget.forgetters.transport import Transport
+
+__all__ = ["Finetune", "Influence", "Retrain", "Reweight", "Transport", "default_forgetter"]
