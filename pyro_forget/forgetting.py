@@ -23,7 +23,7 @@ class Refused(ValueError):
     """
 
     def __init__(self, report: Report) -> None:
-        super().__init__(f"Nothing was forgotten: {report.refused}.")
+        super().__init__(f"Nothing was forgotten: {(report.refused or '').rstrip('.')}.")
         self.report = report
 
 

@@ -47,12 +47,13 @@ class Reweight:
             said.append(f"Pareto k̂ is {shown}, above {threshold:.2f}: too much was erased for weights alone.")
         evidence = Evidence(
             method=method,
-            warnings=(*said, BLIND_SPOT),
+            warnings=tuple(said),
             ess=weights.ess,
             khat=weights.khat,
             num_draws=num_draws,
             rhat_input=rhat,
             ess_input=ess,
             step_norm=dict.fromkeys(cloud.posterior.params, 0.0),
+            extra={"limits": BLIND_SPOT},
         )
         return Edit(cloud.edited(cloud.matrix, retained.ids, weights.log_weights), evidence)

@@ -124,8 +124,8 @@ class Transport:
             ess_held_out=held_out.ess,
             khat=found.khat,
             num_passes=found.num_passes,
-            warnings=(*evidence.warnings, *_weight_warnings(cloud, found, held_out, weighted), BLIND_SPOT),
-            extra={"start": found.start, "diagonal": found.diagonal, "weighted": weighted},
+            warnings=(*evidence.warnings, *_weight_warnings(cloud, found, held_out, weighted)),
+            extra={"start": found.start, "diagonal": found.diagonal, "weighted": weighted, "limits": BLIND_SPOT},
         )
         if not weighted:
             return Move(found.draws, None, evidence)

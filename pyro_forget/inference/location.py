@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pyro_forget.curvature import Congruence, LinearOperator
+from pyro_forget.curvature import Congruence, LinearOperator, check_deterministic
 from pyro_forget.params import Params, axpy
 from pyro_forget.solvers import Lanczos
 from pyro_forget.solvers.lanczos import KrylovSpace
@@ -35,8 +35,15 @@ class Step:
     residual: float
 
 
-def krylov(operator: LinearOperator, rhs: Params, root: Root, num_products: int) -> KrylovSpace:
-    """The Krylov space of LᵀCL and Lᵀ·rhs: the curvature in the metric of L."""
+def krylov(
+    operator: LinearOperator, rhs: Params, root: Root, num_products: int, self_check: bool = False
+) -> KrylovSpace:
+    """The Krylov space of LᵀCL and Lᵀ·rhs: the curvature in the metric of L.
+
+    `self_check` spends two products on whether the curvature agrees with itself; a noisy one is no operator.
+    """
+    if self_check:
+        check_deterministic(operator, rhs, linear=False, symmetric=False)
     return Lanczos(num_products).expand(Congruence(operator, root), root[1](rhs))
 
 

@@ -33,7 +33,7 @@ class NewtonSteps:
         first: KrylovSpace | None = None
         ended = "max_sweeps"
         for number in range(self.max_sweeps):
-            space = self._space(tilted, params, gradient)
+            space = self._space(tilted, params, gradient, self_check=not number)
             first = first or space
             step = None if (stop := ending(space, sweeps, tilted)) else _step(space, params, pair, values)
             if step is None:
@@ -45,9 +45,9 @@ class NewtonSteps:
                 _, gradient = total_and_gradient(tilted.energy, params, tilted.retained)
         return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first))
 
-    def _space(self, tilted: TiltedEnergy, params: Params, gradient: Params) -> KrylovSpace:
+    def _space(self, tilted: TiltedEnergy, params: Params, gradient: Params, self_check: bool) -> KrylovSpace:
         curvature = Hessian(tilted.energy, params, tilted.retained)
-        return krylov(curvature, subtract(tilted.tilt, gradient), (_same, _same), self.num_products)
+        return krylov(curvature, subtract(tilted.tilt, gradient), (_same, _same), self.num_products, self_check)
 
 
 def _step(

@@ -83,7 +83,7 @@ class Sweeps:
         first: KrylovSpace | None = None
         ended = "max_sweeps"
         for number in range(self.max_sweeps):
-            space, products = self._space(pair[0], params, gradient)
+            space, products = self._space(pair[0], params, gradient, self_check=not number)
             first = first or space
             if number and (stop := ending(space, sweeps, pair[0])):
                 ended = stop
@@ -100,11 +100,14 @@ class Sweeps:
                 _, gradient = total_and_gradient(pair[0].energy, params, pair[0].retained)
         return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first))
 
-    def _space(self, tilted: TiltedEnergy, params: Params, gradient: Params) -> tuple[KrylovSpace, int]:
+    def _space(
+        self, tilted: TiltedEnergy, params: Params, gradient: Params, self_check: bool
+    ) -> tuple[KrylovSpace, int]:
         curvature = location_curvature(tilted, params)
         force = subtract(loc_part(tilted.tilt), loc_part(gradient))
         gaussian = gaussian_of(params)
-        space = krylov(curvature, force, (gaussian.root, gaussian.root_transposed), self.num_products)
+        metric = gaussian.root, gaussian.root_transposed
+        space = krylov(curvature, force, metric, self.num_products, self_check)
         return space, space.num_steps
 
 
