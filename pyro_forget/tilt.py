@@ -48,9 +48,9 @@ class TiltedEnergy:
             total = float(self.energy.total(params, self.retained))
         return self._tilted(total, params)
 
-    def untilted(self, params: Params) -> float:
-        """F(γ, S∖S′) itself, nats."""
-        return self.value(params) + float(dot(self.tilt, subtract(params, self.origin)))
+    def untilted(self, value: float, params: Params) -> float:
+        """F(γ, S∖S′) itself, nats, where the tilted energy has this value."""
+        return value + float(dot(self.tilt, subtract(params, self.origin)))
 
     def value_and_gradient(self, params: Params) -> tuple[float, Params]:
         """The tilted energy and its gradient."""

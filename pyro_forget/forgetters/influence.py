@@ -174,7 +174,7 @@ def _evidence(settings: Influence, sought: _Sought, pair: Pair, descent: Descent
             "no damping gave a step that keeps a quarter of its promise under held-out noise: the request is beyond "
             "what a local correction can do here; refit, or erase in chunks"
         )
-    untilted = pair[1].untilted(sought.params) - pair[1].untilted(descent.params) if sweeps else 0.0
+    untilted = pair[1].at_origin - pair[1].untilted(descent.values[1], descent.params) if sweeps else 0.0
     return Evidence(
         method=f"Influence ({kind}, at most {settings.max_sweeps})",
         refused=refused,

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pyro_forget.curvature import Congruence, LinearOperator, check_deterministic
+from pyro_forget.curvature import Congruence, LinearOperator
 from pyro_forget.params import Params, axpy
 from pyro_forget.solvers import Lanczos
 from pyro_forget.solvers.lanczos import KrylovSpace
 from pyro_forget.tilt import TiltedEnergy
 
 ACCEPT = 0.25
+GOOD = 0.9
 # The two small ones are for ridges, flat beside the guide's own scales: 0 overshoots there and 0.5 hardly moves.
 DAMPINGS = (0.0, 0.02, 0.1, 0.5, 2.0, 8.0, 32.0)
 Root = tuple[Callable[[Params], Params], Callable[[Params], Params]]
@@ -35,15 +36,8 @@ class Step:
     residual: float
 
 
-def krylov(
-    operator: LinearOperator, rhs: Params, root: Root, num_products: int, self_check: bool = False
-) -> KrylovSpace:
-    """The Krylov space of LᵀCL and Lᵀ·rhs: the curvature in the metric of L.
-
-    `self_check` spends two products on whether the curvature agrees with itself; a noisy one is no operator.
-    """
-    if self_check:
-        check_deterministic(operator, rhs, linear=False, symmetric=False)
+def krylov(operator: LinearOperator, rhs: Params, root: Root, num_products: int) -> KrylovSpace:
+    """The Krylov space of LᵀCL and Lᵀ·rhs: the curvature in the metric of L."""
     return Lanczos(num_products).expand(Congruence(operator, root), root[1](rhs))
 
 
@@ -72,11 +66,11 @@ def best_step(
             continue
         solution = space.solve(damping)
         predicted = space.predicted_fall(damping)
-        if not predicted > 0 or (best is not None and best.held_out >= predicted):
-            # Falls beyond the prediction are rare and small: the more damped steps cannot win any more.
+        if not predicted > 0 or (best is not None and best.held_out >= GOOD * predicted):
+            # Falls beyond the prediction are rare and small: the more damped steps have little to win any more.
             continue
-        step = measured(move(solution.value), pair, values, damping, predicted, solution.residual)
-        if min(step.realised, step.held_out) >= ACCEPT * predicted and (best is None or step.held_out > best.held_out):
+        step = measured(move(solution.value), pair, values, ACCEPT * predicted, damping, predicted, solution.residual)
+        if step is not None and (best is None or step.held_out > best.held_out):
             best = step
     return best
 
@@ -90,11 +84,25 @@ def measured(
     params: Params,
     pair: tuple[TiltedEnergy, TiltedEnergy],
     values: tuple[float, float],
-    damping: float,
-    predicted: float,
-    residual: float,
-) -> Step:
-    """The step to `params` with the falls that it brings under both noises; `values` are those where it starts."""
-    realised = values[0] - pair[0].value(params)
-    held_out = realised if pair[1] is pair[0] else values[1] - pair[1].value(params)
-    return Step(params, damping, predicted, realised, held_out, residual)
+    least: float,
+    damping: float = 0.0,
+    predicted: float = 0.0,
+    residual: float = 0.0,
+) -> Step | None:
+    """The step to `params`, unless the fall that it brings is `least` nats or less under either noise.
+
+    Args:
+        params: where it leads.
+        pair: tilted energies under the step's noise and the held-out noise.
+        values: of both where it starts.
+        least: nats.
+        damping: of the step, for the record, as the rest.
+        predicted: likewise.
+        residual: likewise.
+    """
+    # The held-out noise first: there most bad steps show, and cost one pass instead of two.
+    held_out = values[1] - pair[1].value(params)
+    if not held_out > least:
+        return None
+    realised = held_out if pair[1] is pair[0] else values[0] - pair[0].value(params)
+    return Step(params, damping, predicted, realised, held_out, residual) if realised > least else None

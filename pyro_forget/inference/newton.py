@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import cast
 
+from pyro_forget.curvature import check_deterministic
 from pyro_forget.curvature.hessian import Hessian
 from pyro_forget.inference.location import Step, best_step, krylov, moved
 from pyro_forget.inference.sweeps import Descent, Sweep, ending, undamped_fall
@@ -30,10 +31,13 @@ class NewtonSteps:
         """Step from the tilt's origin; `pair` is the tilted energy under the steps' and under held-out noise."""
         tilted, params, sweeps = pair[0], pair[0].origin, list[Sweep]()
         values, gradient = (pair[0].at_origin, pair[1].at_origin), subtract(tilted.tilt, tilted.share)
+        curvature = at_origin = Hessian(tilted.energy, params, tilted.retained)
+        check_deterministic(at_origin, params, linear=False, symmetric=False)
         first: KrylovSpace | None = None
         ended = "max_sweeps"
         for number in range(self.max_sweeps):
-            space = self._space(tilted, params, gradient, self_check=not number)
+            curvature = Hessian(tilted.energy, params, tilted.retained) if number else at_origin
+            space = self._space(curvature, tilted, gradient)
             first = first or space
             step = None if (stop := ending(space, sweeps, tilted)) else _step(space, params, pair, values)
             if step is None:
@@ -43,11 +47,10 @@ class NewtonSteps:
             params, values = step.params, (values[0] - step.realised, values[1] - step.held_out)
             if number + 1 < self.max_sweeps:
                 _, gradient = total_and_gradient(tilted.energy, params, tilted.retained)
-        return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first))
+        return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first), at_origin, values)
 
-    def _space(self, tilted: TiltedEnergy, params: Params, gradient: Params, self_check: bool) -> KrylovSpace:
-        curvature = Hessian(tilted.energy, params, tilted.retained)
-        return krylov(curvature, subtract(tilted.tilt, gradient), (_same, _same), self.num_products, self_check)
+    def _space(self, curvature: Hessian, tilted: TiltedEnergy, gradient: Params) -> KrylovSpace:
+        return krylov(curvature, subtract(tilted.tilt, gradient), (_same, _same), self.num_products)
 
 
 def _step(

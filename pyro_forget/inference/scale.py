@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_forget.energy.coordinates import FACTOR, LOG_SCALE
-from pyro_forget.inference.location import ACCEPT, Step
+from pyro_forget.inference.location import ACCEPT, Step, measured
 from pyro_forget.params import Params
 from pyro_forget.tilt import TiltedEnergy
 
@@ -47,10 +47,10 @@ def scale_step(
     for candidate in _candidates(params, gradient, pair[0].tilt):
         if not candidate.predicted > tolerance:
             continue
-        realised = values[0] - pair[0].value(candidate.params)
-        held_out = realised if pair[1] is pair[0] else values[1] - pair[1].value(candidate.params)
-        if min(realised, held_out) >= ACCEPT * candidate.predicted:
-            return Step(candidate.params, 0.0, candidate.predicted, realised, held_out, 0.0)
+        least = ACCEPT * candidate.predicted
+        step = measured(candidate.params, pair, values, least, predicted=candidate.predicted)
+        if step is not None:
+            return step
     return None
 
 

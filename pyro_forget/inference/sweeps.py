@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from pyro_forget.curvature import LinearOperator
+from pyro_forget.curvature import LinearOperator, check_deterministic
 from pyro_forget.curvature.gauss_newton import GaussNewton
 from pyro_forget.energy import CoordinateEnergy, gaussian_of, loc_part
 from pyro_forget.energy.coordinates import LOC
@@ -21,6 +21,8 @@ GROWTH = 2.0
 MAX_RATE = 0.8
 # Of the fall so far. Along a ridge (a scale times an offset) a hundredth of the fall is a tenth of the distance.
 ENOUGH = 0.001
+# ν is a warning, not a step: 8 products give four fifths of it.
+STATIONARITY_PRODUCTS = 8
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,16 @@ class Descent:
         sweeps: those that were kept.
         ended: why they ended: "converged", "diverging", "nothing accepted", "max_sweeps".
         first: the Krylov space of the first sweep, whose force is the request itself.
+        curvature: C at the origin.
+        values: the tilted energies at `params`, nats.
     """
 
     params: Params
     sweeps: tuple[Sweep, ...]
     ended: str
     first: KrylovSpace
+    curvature: LinearOperator
+    values: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -80,16 +86,19 @@ class Sweeps:
         params, sweeps = pair[0].origin, list[Sweep]()
         values = pair[0].at_origin, pair[1].at_origin
         gradient = subtract(pair[0].tilt, pair[0].share)
+        curvature = at_origin = location_curvature(pair[0], params)
+        check_deterministic(at_origin, loc_part(params), linear=False, symmetric=False)
         first: KrylovSpace | None = None
         ended = "max_sweeps"
         for number in range(self.max_sweeps):
-            space, products = self._space(pair[0], params, gradient, self_check=not number)
+            curvature = location_curvature(pair[0], params) if number else at_origin
+            space = self._space(curvature, pair[0], params, gradient)
             first = first or space
             if number and (stop := ending(space, sweeps, pair[0])):
                 ended = stop
                 break
             start = params
-            sweep, params, values = _sweep(pair, params, values, gradient, space, products)
+            sweep, params, values = _sweep(pair, params, values, gradient, space)
             if sweep is None:
                 ended = "converged" if undamped_fall(space) <= tolerance(pair[0]) else "nothing accepted"
                 break
@@ -98,17 +107,12 @@ class Sweeps:
             sweeps.append(sweep)
             if number + 1 < self.max_sweeps:
                 _, gradient = total_and_gradient(pair[0].energy, params, pair[0].retained)
-        return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first))
+        return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first), at_origin, values)
 
-    def _space(
-        self, tilted: TiltedEnergy, params: Params, gradient: Params, self_check: bool
-    ) -> tuple[KrylovSpace, int]:
-        curvature = location_curvature(tilted, params)
+    def _space(self, curvature: LinearOperator, tilted: TiltedEnergy, params: Params, gradient: Params) -> KrylovSpace:
         force = subtract(loc_part(tilted.tilt), loc_part(gradient))
         gaussian = gaussian_of(params)
-        metric = gaussian.root, gaussian.root_transposed
-        space = krylov(curvature, force, metric, self.num_products, self_check)
-        return space, space.num_steps
+        return krylov(curvature, force, (gaussian.root, gaussian.root_transposed), self.num_products)
 
 
 def location_curvature(tilted: TiltedEnergy, params: Params) -> LinearOperator:
@@ -151,7 +155,6 @@ def _sweep(
     values: tuple[float, float],
     gradient: Params,
     space: KrylovSpace,
-    products: int,
 ) -> tuple[Sweep | None, Params, tuple[float, float]]:
     """Location, then scale at the new location; None where neither had an acceptable step."""
     location = scale = None
@@ -166,7 +169,7 @@ def _sweep(
         params, values = scale.params, _fallen(values, scale)
     if location is None and scale is None:
         return None, params, values
-    return Sweep(location, scale, products, undamped_fall(space)), params, values
+    return Sweep(location, scale, space.num_steps, undamped_fall(space)), params, values
 
 
 def _ahead(
@@ -183,8 +186,7 @@ def _ahead(
     """
     rate = min(math.sqrt(max(ratio, 0.0)), MAX_RATE)
     ahead = axpy(rate / (1 - rate), subtract(params, start), params)
-    step = measured(ahead, pair, values, 0.0, 0.0, 0.0)
-    return step if min(step.realised, step.held_out) > 0 else None
+    return measured(ahead, pair, values, least=0.0)
 
 
 def _shifted(params: Params, gaussian: Gaussian, solution: Params) -> Params:
@@ -207,9 +209,9 @@ def stationarity(pair: tuple[TiltedEnergy, TiltedEnergy], descent: Descent) -> f
     if asked <= 0 or not loc_part(pair[0].tilt):
         return None
     gaussian = gaussian_of(pair[0].origin)
-    curvature = location_curvature(pair[0], pair[0].origin)
     metric = (gaussian.root, gaussian.root_transposed)
-    space = krylov(curvature, loc_part(pair[0].tilt), metric, descent.first.num_steps)
+    num_products = min(STATIONARITY_PRODUCTS, descent.first.num_steps)
+    space = krylov(descent.curvature, loc_part(pair[0].tilt), metric, num_products)
     if space.smallest_ritz <= 0:
         return None
     left = gaussian.root(space.solve().value)
