@@ -528,7 +528,7 @@ def learned_noise() -> Program:
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(x @ w, noise), obs=y)
 
-    return on(model, by="guide")
+    return on(model)
 
 
 @adopted
@@ -539,7 +539,7 @@ def learned_prior() -> Program:
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(x @ w, 0.7), obs=y)
 
-    return on(model, by="guide")
+    return on(model)
 
 
 @adopted
@@ -556,7 +556,7 @@ def bayesian_last_layer() -> Program:
             with pyro.plate("data", len(x)):
                 pyro.sample("y", dist.Normal(mean, 0.7), obs=y)
 
-    return on(Network(), by="guide")
+    return on(Network())
 
 
 @adopted
@@ -574,7 +574,7 @@ def module_parameters() -> Program:
             with pyro.plate("data", len(x)):
                 pyro.sample("y", dist.Normal(x @ w, noise), obs=y)
 
-    return on(Model(), by="guide")
+    return on(Model())
 
 
 @adopted

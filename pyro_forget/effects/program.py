@@ -68,16 +68,16 @@ class Program:
         template: Batch,
         minibatch_of: int | None,
         free: Collection[str],
+        tensors: Params | None = None,
     ) -> "Program":
-        """A program from the model's code and the shapes of its call, without data."""
+        """A program from the model's code and the shapes of its call, without data.
+
+        `tensors` are its learned parameters, free or not; None: those it starts with.
+        """
         with plate_rows(plate, torch.arange(len(template))), pyro.poutine.block(), torch.random.fork_rng():
-            found = Parametrised.rebuilt(model, lambda: model(*template.args, **template.kwargs), None)
+            found = Parametrised.rebuilt(model, lambda: model(*template.args, **template.kwargs), tensors)
         kept = found.frozen([name for name in found.free if name not in free])
         return Program(kept, plate, indexed, template, minibatch_of)
-
-    def with_params(self, params: Params) -> "Program":
-        """The same with these learned parameters in place of those the model was taken over with."""
-        return replace(self, model=replace(self.model, tensors=self.model.tensors | params))
 
     def run(self, batch: Batch, answers: Answers, params: Params | None = None) -> Run:
         """Run the model on a batch; it must be inside `quiet()` when speed matters or torch.func is around."""

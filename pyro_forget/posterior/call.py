@@ -1,5 +1,6 @@
-"""The shapes of a model's call, for a saved posterior: made-up rows and the arguments that are not per datum."""
+"""What a saved posterior knows of its model: the shapes of its call, and its learned parameters."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,49 @@ import torch
 from torch import Tensor
 
 from pyro_forget.data import MADE_UP, Batch, Data
+from pyro_forget.effects.program import Program
+from pyro_forget.params import Params
 
-_PREFIX = "call/"
+_CALL = "call/"
+_FIXED = "model/"
+
+
+def encode_program(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(header, tensors) of a model, apart from its code and its free parameters."""
+    call, tensors = encode_call(program.template)
+    header = {
+        "plate": program.plate,
+        "indexed": program.indexed,
+        "minibatch_of": program.minibatch_of,
+        "call": call,
+        "free": list(program.model.free),
+    }
+    return header, tensors | {_FIXED + name: value for name, value in program.model.fixed.items()}
+
+
+def decode_program(
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: str | Path,
+    model: Callable[..., Any],
+    data: Data | None,
+    free: Params,
+) -> Program:
+    """The program again, with these free parameters.
+
+    Raises:
+        ValueError: the model has other parameters, or nothing says what its call looks like.
+    """
+    template = decode_call(header["call"], tensors, path, data)
+    held = {name.removeprefix(_FIXED): value for name, value in tensors.items() if name.startswith(_FIXED)} | free
+    settings = header["plate"], header["indexed"], template, header["minibatch_of"]
+    return Program.rebuilt(model, *settings, header["free"], held)
+
+
+def refuse_other_ids(data: Data, ids: Tensor, path: str | Path) -> None:
+    """Raise where the rows that a posterior is loaded with are not its own."""
+    if not torch.equal(data.ids.sort().values, ids.sort().values):
+        raise ValueError(f"`data` has other ids than the posterior in {path}: pass the rows it was fitted to.")
 
 
 def encode_call(batch: Batch) -> tuple[Any, dict[str, Tensor]]:
@@ -19,12 +61,12 @@ def encode_call(batch: Batch) -> tuple[Any, dict[str, Tensor]]:
     def encode(value: Any) -> Any:
         if isinstance(value, (Tensor, np.ndarray)):
             tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
-            tensors[name := f"{_PREFIX}{len(tensors)}"] = tensor
+            tensors[name := f"{_CALL}{len(tensors)}"] = tensor
             return {"tensor": name, "array": isinstance(value, np.ndarray)}
         if value is None or isinstance(value, (bool, int, float, str)):
             return {"value": value}
-        if isinstance(value, dict):
-            return {"dict": {str(key): encode(part) for key, part in value.items()}}
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {"dict": {key: encode(part) for key, part in value.items()}}
         if type(value) in (tuple, list):
             return {type(value).__name__: [encode(part) for part in value]}
         raise TypeError(type(value).__name__)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pyro_forget.effects.run import Answers, Latents
 from pyro_forget.energy import SampledEnergy
 from pyro_forget.importance import systematic_resample
 from pyro_forget.params import Params, clone
-from pyro_forget.posterior.call import decode_call, encode_call
+from pyro_forget.posterior.call import decode_program, encode_program, refuse_other_ids
 from pyro_forget.store import digest, load_tensors, save_tensors
 
 KIND = "sampled"
@@ -48,7 +49,9 @@ class SampledPosterior:
         plate: str = "data",
         minibatch_scale: bool = False,
     ) -> None:
-        program = adopt_model(model, data, plate, minibatch_scale=minibatch_scale)
+        learned = adopt_model(model, data, plate, minibatch_scale=minibatch_scale)
+        # Draws are of the latents alone: learned parameters of the model stay as they are.
+        program = replace(learned, model=learned.model.frozen(learned.model.free))
         latents = checked_draws(draws, latent_shapes(program, next(data.batches())))
         check_rows(program, data, {name: value[0, 0] for name, value in latents.items()})
         self._assemble(program, unconstrain(program, latents), data.ids)
@@ -80,8 +83,9 @@ class SampledPosterior:
 
     @property
     def model(self) -> Callable[..., Any]:
-        """The model."""
-        return self.energy.program.model.program
+        """The model; with its learned parameters, as they were when it was taken over, where it has any."""
+        model = self.energy.program.model
+        return model.edited({}) if model.tensors else model.program
 
     @cached_property
     def latents(self) -> Latents:
@@ -114,6 +118,8 @@ class SampledPosterior:
 
         Weighted draws are resampled systematically; fewer than there are, are spread evenly over the chains.
         """
+        if num_draws is not None and num_draws < 1:
+            raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
         flat = {name: value.flatten(0, 1) for name, value in self.latents.items()}
         if self.log_weights is not None:
             chosen = systematic_resample(self.log_weights.flatten(), num_draws or self.num_draws, seed)
@@ -138,19 +144,10 @@ class SampledPosterior:
 
     def save(self, path: str | Path) -> Path:
         """Write draws, weights and ids to one safetensors file, with a checksum; the model is code and stays out."""
-        program = self.energy.program
-        call, fixed = encode_call(program.template)
-        header = {
-            "kind": KIND,
-            "parent": self.parent,
-            "plate": program.plate,
-            "indexed": program.indexed,
-            "minibatch_of": program.minibatch_of,
-            "call": call,
-            "sites": list(self.params),
-        }
+        about, held = encode_program(self.energy.program)
+        header = {"kind": KIND, "parent": self.parent, "sites": list(self.params), **about}
         tensors = {f"draws/{name}": value for name, value in self.params.items()}
-        return save_tensors(path, {**tensors, **fixed, **self._weights(), "ids": self.ids}, header)
+        return save_tensors(path, {**tensors, **held, **self._weights(), "ids": self.ids}, header)
 
     @staticmethod
     def load(path: str | Path, model: Callable[..., Any], data: Data | None = None) -> "SampledPosterior":
@@ -162,14 +159,12 @@ class SampledPosterior:
         tensors, header = load_tensors(path)
         if header.get("kind") != KIND:
             raise ValueError(f"{path} holds a {header.get('kind')!r} posterior: load it with the class it came from.")
-        template = decode_call(header["call"], tensors, path, data)
-        program = Program.rebuilt(model, header["plate"], header["indexed"], template, header["minibatch_of"], ())
+        program = decode_program(header, tensors, path, model, data, {})
         posterior = object.__new__(SampledPosterior)
         posterior._assemble(program, {name: tensors[f"draws/{name}"] for name in header["sites"]}, tensors["ids"])
         posterior.parent, posterior.log_weights = header["parent"], tensors.get("log_weights")
         if data is not None:
-            if not torch.equal(data.ids.sort().values, posterior.ids.sort().values):
-                raise ValueError(f"`data` has other ids than the posterior in {path}: pass the rows it was fitted to.")
+            refuse_other_ids(data, posterior.ids, path)
             check_rows(program, data, {name: value[0, 0] for name, value in posterior.latents.items()})
         return posterior
 
@@ -181,15 +176,22 @@ def unconstrain(program: Program, latents: Latents) -> Params:
     """Draws in unconstrained space: each site by `biject_to` the support it has at that draw."""
     template = program.template
 
-    def of(values: Latents) -> Params:
+    def of(values: Latents) -> tuple[Params, Latents]:
         sites = [site for site in program.run(template, Answers(values)).sites if not site.observed]
-        return {site.name: biject_to(site.fn.support).inv(site.value) for site in sites}
+        transforms = {site.name: biject_to(site.fn.support) for site in sites}
+        found = {name: transform.inv(values[name]) for name, transform in transforms.items()}
+        return found, {name: transforms[name](value) for name, value in found.items()}
 
     lead = next(iter(latents.values())).shape[:2]
     flat = {name: value.flatten(0, 1) for name, value in latents.items()}
     with torch.no_grad(), quiet():
-        found = over_draws(of, flat, lead[0] * lead[1])
-    bad = [name for name, value in found.items() if not bool(torch.isfinite(value).all())]
+        found, back = over_draws(of, flat, lead[0] * lead[1])
+    # Some inverses clamp what lies outside, so a finite value alone says little.
+    bad = [
+        name
+        for name, value in found.items()
+        if not (torch.isfinite(value).all() and torch.allclose(back[name], flat[name], rtol=1e-3, atol=1e-3))
+    ]
     if bad:
         raise ValueError(f"Draws of {bad} lie outside or on the edge of the site's support.")
     return {name: value.unflatten(0, lead) for name, value in found.items()}

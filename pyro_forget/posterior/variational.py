@@ -13,14 +13,14 @@ from torch import Tensor
 from pyro_forget.data import Batch, Data
 from pyro_forget.effects.adoption import adopt_guide, adopt_model, check_rows, start_guide, start_model
 from pyro_forget.effects.guide import Guide
-from pyro_forget.effects.parameters import loaded_store, unconditioned
+from pyro_forget.effects.parameters import fresh_copy, loaded_store, unconditioned
 from pyro_forget.effects.program import Program, latents_log_likelihood, over_draws, quiet
 from pyro_forget.effects.run import Latents
 from pyro_forget.energy import VariationalEnergy, value_and_gradient, variational_energy
 from pyro_forget.energy.variational import MODEL_PREFIX, first_draw, guide_part, model_part
 from pyro_forget.gaussian import Gaussian
 from pyro_forget.params import Params, clone
-from pyro_forget.posterior.call import decode_call, encode_call
+from pyro_forget.posterior.call import decode_program, encode_program, refuse_other_ids
 from pyro_forget.store import digest, load_tensors, save_tensors
 
 KIND = "variational"
@@ -117,7 +117,7 @@ class VariationalPosterior:
     def model(self) -> Callable[..., Any]:
         """The model; with its learned parameters where it has any."""
         model = self._program.program.model
-        return model.edited(model_part(self.params)) if model.free else model.program
+        return model.edited(model_part(self.params)) if model.tensors else model.program
 
     @property
     def digest(self) -> str:
@@ -139,6 +139,8 @@ class VariationalPosterior:
 
     def draws(self, num_draws: int, seed: int = 0) -> Latents:
         """Independent draws in the sites' supports, each of shape (num_draws, *site)."""
+        if num_draws < 1:
+            raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
         guide, params = self._program.guide, guide_part(self.params)
         like = next(iter(self.params.values()))
         devices = [like.device] if like.device.type == "cuda" else []
@@ -165,22 +167,12 @@ class VariationalPosterior:
 
     def save(self, path: str | Path) -> Path:
         """Write parameters and ids to one safetensors file, with a checksum; model and guide are code and stay out."""
-        call, fixed = encode_call(self._program.program.template)
-        program = self._program.program
-        header = {
-            "kind": KIND,
-            "parent": self.parent,
-            "plate": program.plate,
-            "indexed": program.indexed,
-            "minibatch_of": program.minibatch_of,
-            "call": call,
-            "params": list(self.params),
-            "free": list(program.model.free),
-        }
+        about, held = encode_program(self._program.program)
+        header = {"kind": KIND, "parent": self.parent, "params": list(self.params), **about}
         tensors = {f"params/{name}": value for name, value in self.params.items()}
         # A flow's permutations and the like are no parameters, but the guide is not the same without them.
-        held = {f"{_FIXED}{name}": value for name, value in self._program.guide.guide.fixed.items()}
-        return save_tensors(path, {**tensors, **held, **fixed, "ids": self.ids}, header)
+        held |= {f"{_FIXED}{name}": value for name, value in self._program.guide.guide.fixed.items()}
+        return save_tensors(path, {**tensors, **held, "ids": self.ids}, header)
 
     @staticmethod
     def load(
@@ -201,18 +193,15 @@ class VariationalPosterior:
         if header.get("kind") != KIND:
             raise ValueError(f"{path} holds a {header.get('kind')!r} posterior: load it with the class it came from.")
         params = {name: tensors[f"params/{name}"] for name in header["params"]}
-        template = decode_call(header["call"], tensors, path, data)
-        program = Program.rebuilt(
-            model, header["plate"], header["indexed"], template, header["minibatch_of"], header["free"]
-        )
+        program = decode_program(header, tensors, path, model, data, model_part(params))
         held = {name[len(_FIXED) :]: value for name, value in tensors.items() if name.startswith(_FIXED)}
-        adopted = Guide.rebuilt(guide, program.plate, template, guide_part(params) | held)
+        adopted = Guide.rebuilt(fresh_copy(guide), program.plate, program.template, guide_part(params) | held)
         posterior = object.__new__(VariationalPosterior)
-        posterior._assemble(program.with_params(model_part(params)), adopted, tensors["ids"])
+        posterior._assemble(program, adopted, tensors["ids"])
         posterior.params, posterior.parent = params, header["parent"]
         if data is not None:
-            _same_ids(data, posterior.ids, path)
-            check_rows(program, data, first_draw(adopted).latents, model_part(params))
+            refuse_other_ids(data, posterior.ids, path)
+            check_rows(program, data, first_draw(adopted).latents)
         return posterior
 
     @property
@@ -229,8 +218,3 @@ def _every_entry_matters(energy: VariationalEnergy, params: Params, batch: Batch
             f"The energy does not depend on the parameters {dead}: they are unused, or the program reads other "
             "tensors of the same names. Remove them, or `freeze` them if they are the model's."
         )
-
-
-def _same_ids(data: Data, ids: Tensor, path: str | Path) -> None:
-    if not torch.equal(data.ids.sort().values, ids.sort().values):
-        raise ValueError(f"`data` has other ids than the posterior in {path}: pass the rows it was fitted to.")

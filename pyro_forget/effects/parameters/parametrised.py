@@ -79,7 +79,8 @@ class Parametrised:
         if params is not None and {name: value.shape for name, value in params.items()} != shapes:
             raise ValueError(
                 f"{called(program)} has parameters {sorted(shapes)}, the file {sorted(params)}, or of other "
-                "shapes: load it with the code it was saved from."
+                "shapes: load it with the code it was saved from. Where shapes follow the number of data, first run it "
+                "on as many rows as it was fitted to."
             )
         return replace(made, program=without_rows(program), tensors=made.tensors | (params or {}))
 
