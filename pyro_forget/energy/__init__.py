@@ -13,6 +13,7 @@ from pyro_forget.energy.protocol import (
 )
 from pyro_forget.energy.sampled import SampledEnergy
 from pyro_forget.energy.variational import VariationalEnergy, variational_energy
+from pyro_forget.energy.weights import WeightSpace, weight_space
 
 __all__ = [
     "CoordinateEnergy",
@@ -21,6 +22,7 @@ __all__ = [
     "GaussianEnergy",
     "SampledEnergy",
     "VariationalEnergy",
+    "WeightSpace",
     "coordinates_of",
     "estimate_and_gradient",
     "gaussian_of",
@@ -32,4 +34,5 @@ __all__ = [
     "total_of_parts",
     "value_and_gradient",
     "variational_energy",
+    "weight_space",
 ]

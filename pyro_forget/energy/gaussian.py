@@ -1,5 +1,6 @@
 """−ELBO of a Gaussian guide in the Gaussian's own coordinates: the energy that forgetting by influence works on."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -76,6 +77,14 @@ class GaussianEnergy:
     def with_noise(self, noise: Noise) -> "GaussianEnergy":
         """The same under other noise."""
         return replace(self, noise=noise)
+
+    def with_model_params(self, params: Params) -> "GaussianEnergy":
+        """The same, noise and what was drawn of it included, with these learned parameters of the model."""
+        if not params:
+            return self
+        new = copy.copy(self)
+        object.__setattr__(new, "model_params", params)
+        return new
 
     def prior(self, gaussian: Gaussian) -> Tensor:
         """KL(q ‖ prior), scalar, nats."""

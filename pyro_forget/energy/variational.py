@@ -80,8 +80,7 @@ class VariationalEnergy:
         energy = self.gaussian
         if energy is None:
             raise ValueError("This guide is not a Gaussian.")
-        learned = model_part(params)
-        return replace(energy, model_params=learned) if learned else energy
+        return energy.with_model_params(model_part(params))
 
     def read(self, params: Params) -> Gaussian:
         """The Gaussian that the params stand for; differentiable.
