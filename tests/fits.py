@@ -5,15 +5,15 @@ from typing import Any
 
 import pyro
 import torch
-from pyro_forget.guides import MeanField, local_reparametrization
-from pyro_forget.models import HierarchicalRegression, LinearRegression, LogisticRegression, PoissonRegression
 from torch import Tensor
 
 from pyro_forget.data import Data
 from pyro_forget.evaluation import gaussian_kl
 from pyro_forget.gaussian import Gaussian
+from pyro_forget.guides import MeanField, local_reparametrization
 from pyro_forget.inference.fit import fit_guide
 from pyro_forget.inference.lbfgs import LBFGS
+from pyro_forget.models import HierarchicalRegression, LinearRegression, LogisticRegression, PoissonRegression
 from pyro_forget.params import unflatten
 from pyro_forget.posterior import VariationalPosterior
 from tests.oracles import LinearGaussian

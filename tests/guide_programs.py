@@ -22,12 +22,12 @@ from pyro.infer.autoguide import (
 )
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam
-from pyro_forget.guides import MeanField
 from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 from pyro_forget.data import Data
+from pyro_forget.guides import MeanField
 from pyro_forget.posterior import VariationalPosterior
 from tests.programs import regression
 

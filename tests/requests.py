@@ -10,12 +10,12 @@ from functools import cache
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro_forget.guides import MeanField
 from torch import Tensor
 from xarray import DataTree
 
 from pyro_forget.data import Data
 from pyro_forget.export import to_datatree
+from pyro_forget.guides import MeanField
 from pyro_forget.outcome import Evidence, Report, Sweep
 from pyro_forget.posterior import SampledPosterior, VariationalPosterior
 

@@ -10,12 +10,12 @@ import torch
 import xarray as xr
 from arviz_stats import loo
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
-from pyro_forget.guides import MeanField
 
 from pyro_forget.data import Data
 from pyro_forget.energy import FunctionEnergy
 from pyro_forget.export import ROLES, from_netcdf, join, plain, to_datatree, to_inferencedata, to_netcdf, variants
 from pyro_forget.export.observed import observed
+from pyro_forget.guides import MeanField
 from pyro_forget.posterior import EnergyPosterior, SampledPosterior, VariationalPosterior
 from tests import requests
 from tests.requests import ERASED, POOR, PRECISION, STEPS, cloud, exact, model, report, request, values, weighted_cloud

@@ -11,14 +11,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import autoguide
-from pyro_forget.guides import MeanField
-from pyro_forget.models import LinearRegression, LogisticRegression
 from torch import Tensor
 
 from pyro_forget.data import Batch, Data
 from pyro_forget.energy import FunctionEnergy
 from pyro_forget.forgetters.influence import Influence
 from pyro_forget.forgetting import Refused, forget
+from pyro_forget.guides import MeanField
+from pyro_forget.models import LinearRegression, LogisticRegression
 from pyro_forget.outcome import Report
 from pyro_forget.params import Params
 from pyro_forget.posterior import EnergyPosterior, VariationalPosterior
