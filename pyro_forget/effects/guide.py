@@ -176,4 +176,4 @@ class _Normals(TorchFunctionMode):
             self.count += args[0].numel()
         if not is_normal or self.noise is None:
             return func(*args, **(kwargs or {}))
-        return self.noise[start : self.count].reshape(args[0].shape).to(args[0].dtype)
+        return self.noise[start : self.count].reshape(args[0].shape).to(args[0])
