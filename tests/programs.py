@@ -35,8 +35,7 @@ class Program:
         guide: makes the guide from the model; it is run once, which stands for the fit.
         plate: as the user names it.
         options: of `VariationalPosterior`.
-        by: "guide", "draws", or both: how people fit it.
-        exact: whether a plain run of Pyro sees every row unscaled, so that its numbers are an oracle.
+        plain: the program as a plain run of Pyro sees every row once, where it is another; an oracle.
     """
 
     model: Callable[..., Any]
@@ -44,8 +43,7 @@ class Program:
     guide: Callable[[Any], Any] = AutoNormal
     plate: str = "data"
     options: Mapping[str, Any] = field(default_factory=dict)
-    by: str = "guide draws"
-    exact: bool = True
+    plain: Callable[..., Any] | None = None
 
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -87,6 +85,8 @@ class Program:
 
 ADOPTED: dict[str, Callable[[], Program]] = {}
 REFUSED: dict[str, tuple[Callable[[], Program], str]] = {}
+# Pyro's SVI refuses the first; the others are no posteriors of draws.
+ONLY_BY = {"batch_shape_outside_plates": "draws", "maximum_likelihood": "guide", "maximum_a_posteriori": "guide"}
 
 
 def adopted(make: Callable[[], Program]) -> Callable[[], Program]:
@@ -234,7 +234,7 @@ def subsample_size() -> Program:
         with pyro.plate("data", len(x), subsample_size=6) as rows:
             pyro.sample("y", dist.Normal(x[rows] @ w, 0.7), obs=y[rows])
 
-    return on(model, exact=False)
+    return on(model, plain=linear)
 
 
 @adopted
@@ -244,7 +244,7 @@ def hard_coded_subsample() -> Program:
         with pyro.plate("data", NUM_DATA, subsample_size=20) as rows:
             pyro.sample("y", dist.Normal(x[rows] @ w, 0.7), obs=y[rows])
 
-    return on(model, exact=False)
+    return on(model, plain=linear)
 
 
 @adopted
@@ -255,7 +255,7 @@ def pyro_subsample() -> Program:
             mean = pyro.subsample(x, event_dim=1) @ w
             pyro.sample("y", dist.Normal(mean, 0.7), obs=pyro.subsample(y, event_dim=0))
 
-    return on(model, exact=False)
+    return on(model, plain=linear)
 
 
 @adopted
@@ -326,7 +326,7 @@ def closed_over_but_read_by_index() -> Program:
         with pyro.plate("data", len(x), subsample_size=8) as rows:
             pyro.sample("y", dist.Normal(x[rows] @ w, 0.7), obs=y[rows])
 
-    return Program(model, Data.of(num_data=NUM_DATA, batch_size=7), exact=False)
+    return Program(model, Data.of(num_data=NUM_DATA, batch_size=7), plain=lambda: linear(x, y))
 
 
 # --- sites
@@ -388,19 +388,23 @@ def masked_by_handler() -> Program:
     return Program(model, Data(*regression(), torch.arange(NUM_DATA) % 3 > 0))
 
 
+def without_nan(model: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, y, seen: model(x, y.nan_to_num(), seen)
+
+
 @adopted
 def masked_nan() -> Program:
     """Missing values left as NaN, as the mask allows; a run of Pyro itself sees NaN times 0."""
     program = masked_by_handler()
     (x, y, seen), _ = program.call
-    return Program(program.model, Data(x, torch.where(seen, y, torch.nan), seen), exact=False)
+    return Program(program.model, Data(x, torch.where(seen, y, torch.nan), seen), plain=without_nan(program.model))
 
 
 @adopted
 def masked_nan_of_a_distribution() -> Program:
     program = masked_distribution()
     (x, y, seen), _ = program.call
-    return Program(program.model, Data(x, torch.where(seen, y, torch.nan), seen), exact=False)
+    return Program(program.model, Data(x, torch.where(seen, y, torch.nan), seen), plain=without_nan(program.model))
 
 
 @adopted
@@ -493,7 +497,7 @@ def batch_shape_outside_plates() -> Program:
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(x @ w, 0.7), obs=y)
 
-    return on(model, by="draws")
+    return on(model)
 
 
 @adopted
@@ -592,12 +596,12 @@ def maximum_likelihood() -> Program:
         model(*regression())
         return guide
 
-    return on(model, guide=guide_of, by="guide")
+    return on(model, guide=guide_of)
 
 
 @adopted
 def maximum_a_posteriori() -> Program:
-    return on(linear, guide=AutoDelta, by="guide")
+    return on(linear, guide=AutoDelta)
 
 
 # --- refused
@@ -870,3 +874,6 @@ def nan_unmasked() -> Program:
     x, y = regression()
     y[3], y[11] = torch.nan, torch.inf
     return Program(linear, Data.of((x, y), ids=range(100, 100 + NUM_DATA)))
+
+
+WAYS = [(name, by) for name in ADOPTED for by in ONLY_BY.get(name, "guide draws").split()]

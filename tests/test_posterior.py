@@ -20,9 +20,7 @@ from pyro_forget.posterior import SampledPosterior, VariationalPosterior
 from pyro_forget.store import load_tensors, save_tensors
 from tests import guide_programs
 from tests.guide_programs import GUIDES, data
-from tests.programs import ADOPTED, Program, linear, on, regression
-
-PROGRAMS = [name for name in ADOPTED if name != "data_frame"]
+from tests.programs import ADOPTED, WAYS, Program, linear, on, regression
 
 
 def variational(name: str = "AutoNormal") -> VariationalPosterior:
@@ -306,12 +304,9 @@ def test_a_guide_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
         assert guide.prototype_trace is None, "the guide that was passed stays as it was"
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("by", ["guide", "draws"])
+@pytest.mark.parametrize(("name", "by"), [(name, by) for name, by in WAYS if name != "data_frame"])
 def test_posteriors_of_all_programs_are_saved_and_loaded(name: str, by: str, tmp_path: Path) -> None:
     program = ADOPTED[name]()
-    if by not in program.by:
-        pytest.skip(f"fitted by {program.by} only")
     posterior = program.posterior(by)
     path = posterior.save(tmp_path / "posterior.safetensors")
     pyro.clear_param_store()
