@@ -327,3 +327,18 @@ def test_point_masses_are_taken_over(name: str) -> None:
     posterior = adopted(name)
     assert posterior.gaussian is None
     assert all(bool((value == value[0]).all()) for value in posterior.draws(5).values())
+
+
+@pytest.mark.parametrize("name", ["AutoNormal", "AutoIAFNormal", "positive", "PyroSample"])
+def test_what_a_later_fit_does_to_the_guide_does_not_reach_the_posterior(name: str) -> None:
+    guide = fitted(name)
+    posterior = VariationalPosterior(model, guide, data())
+    draws, digest = posterior.draws(3), posterior.digest
+    total = posterior.energy.total(posterior.params, data())
+    svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(*regression())
+    assert posterior.digest == digest
+    assert all(torch.equal(posterior.draws(3)[site], value) for site, value in draws.items())
+    torch.testing.assert_close(posterior.energy.total(posterior.params, data()), total, rtol=0, atol=0)
+    assert VariationalPosterior(model, guide, data()).digest != digest
