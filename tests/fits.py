@@ -23,7 +23,7 @@ PINNED = 2**20  # the seed of the noise that `fit_guide` polishes under
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def linear() -> tuple[LinearGaussian, LinearRegression, Data]:
