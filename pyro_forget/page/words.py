@@ -67,8 +67,10 @@ def number(value: Any, digits: int = 3) -> str:
     """A value as text: `digits` significant digits, thousands apart, "–" for what is missing."""
     if value is None:
         return "–"
-    if isinstance(value, (bool, str)):
-        return str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
     return _digits(value, digits).replace("inf", "∞").replace("-", "−")
 
 
