@@ -267,7 +267,8 @@ def test_a_point_mass_can_be_shown():
         (float("inf"), "∞"),
         (float("-inf"), "−∞"),
         (float("nan"), "nan"),
-        (True, "True"),
+        (True, "yes"),
+        (False, "no"),
         ("a-b", "a-b"),
     ],
 )
