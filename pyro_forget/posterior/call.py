@@ -48,6 +48,17 @@ def decode_program(
     return Program.rebuilt(model, *settings, header["free"], held)
 
 
+def beside(tensors: dict[str, Tensor], data: Data | None) -> dict[str, Tensor]:
+    """The tensors of a file where the data's batches are, on the CPU without data; ids stay on the CPU, as ever."""
+    if data is None:
+        return tensors
+    call = data.template()
+    leaves = torch.utils._pytree.tree_leaves((call.args, call.kwargs))
+    devices = [data.device, *(leaf.device for leaf in leaves if isinstance(leaf, Tensor))]
+    device = next((device for device in devices if device is not None), None)
+    return {name: value if name == "ids" else value.to(device) for name, value in tensors.items()}
+
+
 def refuse_other_ids(data: Data, ids: Tensor, path: str | Path) -> None:
     """Raise where the rows that a posterior is loaded with are not its own."""
     if not torch.equal(data.ids.sort().values, ids.sort().values):

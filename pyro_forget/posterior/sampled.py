@@ -20,7 +20,7 @@ from pyro_forget.effects.run import Answers, Latents
 from pyro_forget.energy import SampledEnergy
 from pyro_forget.importance import systematic_resample
 from pyro_forget.params import Params, clone
-from pyro_forget.posterior.call import decode_program, encode_program, refuse_other_ids
+from pyro_forget.posterior.call import beside, decode_program, encode_program, refuse_other_ids
 from pyro_forget.store import digest, load_tensors, save_tensors
 
 KIND = "sampled"
@@ -159,6 +159,7 @@ class SampledPosterior:
         tensors, header = load_tensors(path)
         if header.get("kind") != KIND:
             raise ValueError(f"{path} holds a {header.get('kind')!r} posterior: load it with the class it came from.")
+        tensors = beside(tensors, data)
         program = decode_program(header, tensors, path, model, data, {})
         posterior = object.__new__(SampledPosterior)
         posterior._assemble(program, {name: tensors[f"draws/{name}"] for name in header["sites"]}, tensors["ids"])

@@ -20,7 +20,7 @@ from pyro_forget.energy import VariationalEnergy, value_and_gradient, variationa
 from pyro_forget.energy.variational import MODEL_PREFIX, first_draw, guide_part, model_part
 from pyro_forget.gaussian import Gaussian
 from pyro_forget.params import Params, clone
-from pyro_forget.posterior.call import decode_program, encode_program, refuse_other_ids
+from pyro_forget.posterior.call import beside, decode_program, encode_program, refuse_other_ids
 from pyro_forget.store import digest, load_tensors, save_tensors
 
 KIND = "variational"
@@ -184,7 +184,7 @@ class VariationalPosterior:
             path: what `save` wrote.
             model: the same model.
             guide: the same guide; one that has never run is initialised from the saved shapes of the call.
-            data: its rows, to check model and guide against them again.
+            data: its rows, to check model and guide against them again; the posterior goes to their device.
 
         Raises:
             ValueError: the file is damaged or of another kind, or model, guide or data do not fit it.
@@ -192,6 +192,7 @@ class VariationalPosterior:
         tensors, header = load_tensors(path)
         if header.get("kind") != KIND:
             raise ValueError(f"{path} holds a {header.get('kind')!r} posterior: load it with the class it came from.")
+        tensors = beside(tensors, data)
         params = {name: tensors[f"params/{name}"] for name in header["params"]}
         program = decode_program(header, tensors, path, model, data, model_part(params))
         held = {name[len(_FIXED) :]: value for name, value in tensors.items() if name.startswith(_FIXED)}
