@@ -2,19 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_forget.curvature.fisher import SAMPLED, Family, family_of, outputs_of, sampled_outputs
+from pyro_forget.curvature.jacobian import Jacobian
 from pyro_forget.curvature.prior import PriorCurvature
+from pyro_forget.curvature.tape import MAX_KEPT_BATCHES, pays
 from pyro_forget.data import Batch, Data
 from pyro_forget.effects.noise import Noise
 from pyro_forget.effects.program import Run, quiet
 from pyro_forget.energy import GaussianEnergy
 from pyro_forget.gaussian import Gaussian
-from pyro_forget.params import Params, add, zeros_like
+from pyro_forget.params import Params, add, size, zeros_like
 
 MAX_COUPLED = 64
 PROBED_ROWS = 64
@@ -23,10 +26,10 @@ PROBED_ROWS = 64
 class GaussNewton:
     """C = E_q[JᵀΛJ] + prior curvature at one Gaussian, J the Jacobian of the model's outputs in the location.
 
-    Positive by construction in the data. A product is one pass forward and back over outputs whose graph is kept
-    when the data are one batch, and made anew batch by batch when they are more, so that memory does not grow with
-    the data. Where J is the same for every draw (outputs linear in the latents), Λ is averaged over the draws first
-    and a product costs one draw.
+    Positive by construction in the data. A product is one pass forward and back over outputs whose graph is kept for
+    up to four batches, and made anew batch by batch when they are more, so that memory does not grow with the data.
+    Of networks the pass forward is played from a `Tape`, as in `Hessian`. Where J is the same for every draw (outputs
+    linear in the latents), Λ is averaged over the draws first and a product costs one draw.
 
     Args:
         energy: with its noise pinned.
@@ -42,79 +45,48 @@ class GaussNewton:
         self.energy, self.gaussian, self.data = energy, gaussian.detach(), data
         self._prior = PriorCurvature(energy, self.gaussian)
         self._closed = _is_closed(energy, self.gaussian)
-        self._linear = self._closed and _is_linear(energy, self.gaussian, _some_rows(data))
-        self._keep = data.num_data <= data.batch_size
-        self._kept: dict[int, _Pieces] = {}
+        several = energy.noise.num_draws > 1
+        self._linear = several and self._closed and _is_linear(energy, self.gaussian, _some_rows(data))
+        self._keep = data.num_data <= MAX_KEPT_BATCHES * data.batch_size
+        self._kept: list[_Pieces] = []
         self.num_products = 0
 
     def mv(self, vector: Params) -> Params:
         """C · vector, by site."""
         self.num_products += 1
         start = add(zeros_like(vector), self._prior.mv(vector))
-        return self.data.reduce(lambda batch: self._pieces(batch).product(vector), start=start)
+        if self._kept:
+            return reduce(add, (pieces.product(vector) for pieces in self._kept), start)
+        return self.data.reduce(lambda batch: self._product(batch, vector), start=start)
 
-    def _pieces(self, batch: Batch) -> "_Pieces":
-        key = int(batch.rows[0])
-        if key in self._kept:
-            return self._kept[key]
+    def _product(self, batch: Batch, vector: Params) -> Params:
         make = _linear_pieces if self._linear else _pieces
-        pieces = make(self.energy, self.gaussian, batch, self._closed)
+        pieces = make(self.energy, self.gaussian, batch, self._way(batch))
         if self._keep:
-            self._kept[key] = pieces
-        return pieces
+            self._kept.append(pieces)
+        return pieces.product(vector)
+
+    def _way(self, batch: Batch) -> str:
+        """How J · v is made; what is sampled is neither recorded nor differentiated forward."""
+        if not self._closed:
+            return "sampled"
+        if not self._keep:
+            return "forward"
+        num_draws = 1 if self._linear else self.energy.noise.num_draws
+        return "tape" if pays(size(self.gaussian.loc) * num_draws, len(batch)) else "graph"
 
 
 @dataclass(frozen=True)
 class _Pieces:
-    """One batch's outputs with their graph, and Λ."""
+    """One batch's outputs as a function of the location, and Λ."""
 
-    leaves: Params
-    outputs: tuple[Tensor, ...]
+    jacobian: Jacobian
     fisher: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
-    transposed: list[Any] = field(default_factory=list)
 
     def product(self, vector: Params) -> Params:
         """JᵀΛJ · vector."""
-        return self._pull(self.fisher(self._push(vector)))
-
-    @property
-    def live(self) -> list[Tensor]:
-        """The outputs that the location moves: a fixed noise scale is none of them."""
-        return [value for value in self.outputs if value.requires_grad]
-
-    def _push(self, vector: Params) -> tuple[Tensor, ...]:
-        """J · vector, as the derivative of Jᵀu in u: double backward, whose graph is kept."""
-        if not self.live:
-            return tuple(torch.zeros_like(value) for value in self.outputs)
-        if not self.transposed:
-            dummies = [torch.zeros_like(value, requires_grad=True) for value in self.live]
-            self.transposed.append((dummies, _grad(self.live, list(self.leaves.values()), dummies, create_graph=True)))
-        dummies, pulled = self.transposed[0]
-        pairs = [(p, vector[name]) for p, name in zip(pulled, self.leaves, strict=True) if p.requires_grad]
-        tangents = iter(_grad([p for p, _ in pairs], dummies, [v for _, v in pairs]))
-        return tuple(next(tangents) if value.requires_grad else torch.zeros_like(value) for value in self.outputs)
-
-    def _pull(self, cotangents: tuple[Tensor, ...]) -> Params:
-        """Jᵀ · cotangents."""
-        if not self.live:
-            return zeros_like(self.leaves)
-        wanted = [part for part, value in zip(cotangents, self.outputs, strict=True) if value.requires_grad]
-        return dict(zip(self.leaves, _grad(self.live, list(self.leaves.values()), wanted), strict=True))
-
-
-def _grad(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], create_graph: bool = False
-) -> tuple[Tensor, ...]:
-    """The vector-Jacobian product; zeros for inputs that play no part. The graph stays for the next product."""
-    return torch.autograd.grad(
-        outputs,
-        inputs,
-        cotangents,
-        retain_graph=True,
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+        tangents = self.jacobian.push(vector)
+        return self.jacobian.pull(dict(zip(tangents, self.fisher(tuple(tangents.values())), strict=True)))
 
 
 @dataclass
@@ -164,30 +136,37 @@ def _wave(like: Tensor) -> Tensor:
     return torch.cos(torch.arange(like.numel(), dtype=like.dtype, device=like.device)).reshape(like.shape)
 
 
-def _pieces(energy: GaussianEnergy, gaussian: Gaussian, batch: Batch, closed: bool) -> _Pieces:
+def _pieces(energy: GaussianEnergy, gaussian: Gaussian, batch: Batch, way: str) -> _Pieces:
     """The outputs of a batch as a function of the location, at fixed scale and noise."""
-    leaves = {name: value.detach().requires_grad_(True) for name, value in gaussian.loc.items()}
-    read = _Read()
-    with torch.enable_grad():
-        sites, weights = energy.over_noise(Gaussian(leaves, gaussian.scale), batch, read, one_by_one=not closed)
-    return _Pieces(leaves, _outputs(sites), _fisher(read.families, sites, weights))
+    read, (sites, weights), jacobian = _jacobian(energy, gaussian, batch, way)
+    return _Pieces(jacobian, _fisher(read.families, sites, weights))
 
 
-def _linear_pieces(energy: GaussianEnergy, gaussian: Gaussian, batch: Batch, closed: bool) -> _Pieces:
+def _linear_pieces(energy: GaussianEnergy, gaussian: Gaussian, batch: Batch, way: str) -> _Pieces:
     """The same where J is one for all draws: the outputs of one draw, Λ averaged over all."""
-    leaves = {name: value.detach().requires_grad_(True) for name, value in gaussian.loc.items()}
     read = _Read()
     with torch.no_grad():
         sites, weights = energy.over_noise(gaussian, batch, read)
-    with torch.enable_grad():
-        # Whichever draw: its noise need not belong to its rows.
-        one = energy.with_noise(Noise.fresh(energy.noise.seed, 1))
-        alone, _ = one.over_noise(Gaussian(leaves, gaussian.scale), batch, _Read())
-    return _Pieces(leaves, _outputs(alone), _mean_fisher(read.families, sites, weights))
+    # Whichever draw: its noise need not belong to its rows.
+    _, _, jacobian = _jacobian(energy.with_noise(Noise.fresh(energy.noise.seed, 1)), gaussian, batch, way)
+    return _Pieces(jacobian, _mean_fisher(read.families, sites, weights))
 
 
-def _outputs(sites: Any) -> tuple[Tensor, ...]:
-    return tuple(value for outputs, _ in sites for value in outputs)
+def _jacobian(
+    energy: GaussianEnergy, gaussian: Gaussian, batch: Batch, way: str
+) -> tuple[_Read, tuple[Any, Tensor], Jacobian]:
+    """(families, what `over_noise` gave, the Jacobian of the outputs in the location)."""
+    read, first = _Read(), list[tuple[Any, Tensor]]()
+
+    def outputs(loc: Params) -> Params:
+        sites, weights = energy.over_noise(Gaussian(loc, gaussian.scale), batch, read, one_by_one=way == "sampled")
+        if not first:
+            first.append((sites, weights))
+        values = (value for outputs, _ in sites for value in outputs)
+        return {str(place): value for place, value in enumerate(values)}
+
+    jacobian = Jacobian(outputs, gaussian.loc, "graph" if way == "sampled" else way)
+    return read, first[0], jacobian
 
 
 def _fisher(families: list[Family], sites: Any, weights: Tensor) -> Callable[..., tuple[Tensor, ...]]:

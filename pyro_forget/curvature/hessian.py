@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from pyro_forget.curvature.jacobian import Jacobian
-from pyro_forget.curvature.tape import NoForwardDerivative, Tape, forward_derivative, pays
+from pyro_forget.curvature.tape import MAX_KEPT_BATCHES, NoForwardDerivative, Tape, forward_derivative, pays
 from pyro_forget.data import Batch, Data
 from pyro_forget.energy import Energy, WeightSpace, weight_space
 from pyro_forget.params import Params, add, map_params, size
 
-MAX_KEPT_BATCHES = 4
 MODES = ("graph", "tape", "stream")
 
 

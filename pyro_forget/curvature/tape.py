@@ -13,6 +13,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from pyro_forget.params import Params
 
 WORTH_RECORDING = 10_000_000
+# Of how many batches graphs or tapes are kept: what more of them would take is no longer a batch's memory.
+MAX_KEPT_BATCHES = 4
 
 
 class NoForwardDerivative(RuntimeError):
