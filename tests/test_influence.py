@@ -92,6 +92,8 @@ def test_chunks_are_exact_too(name: str) -> None:
     after, report = erase(before, data, rows, Influence(chunk=10))
     assert_exact(after, exact.without(rows))
     assert report.evidence.extra["chunks"] == 4 and len(report.evidence.sweeps) == 4
+    moved = {name: float((after.params[name] - before.params[name]).norm()) for name in before.params}
+    assert report.evidence.step_norm == pytest.approx(moved)
 
 
 @pytest.mark.parametrize("name", ["MeanField, local", "AutoMultivariateNormal"])

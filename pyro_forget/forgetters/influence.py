@@ -83,7 +83,8 @@ class Influence:
             if edits[-1].evidence.refused:
                 # What was kept of earlier chunks is not what was asked for.
                 return Edit(posterior, edits[-1].evidence)
-        return Edit(current, gathered([edit.evidence for edit in edits]))
+        evidence = gathered([edit.evidence for edit in edits])
+        return _edited(posterior, current.params, retained, evidence)
 
     def _edit(self, posterior: Posterior, erased: Data, retained: Data) -> Edit:
         sought = _coordinates(posterior, self.curvature)
@@ -93,9 +94,7 @@ class Influence:
         if evidence.refused or not all_finite(descent.params):
             reason = evidence.refused or "the result is not finite"
             return Edit(posterior, replace(evidence, refused=reason))
-        params = sought.back(descent.params)
-        steps = {name: norm({name: value}) for name, value in subtract(params, posterior.params).items()}
-        return Edit(posterior.edited(params, retained.ids), replace(evidence, step_norm=steps))
+        return _edited(posterior, sought.back(descent.params), retained, evidence)
 
     def _pair(self, sought: "_Sought", erased: Data, retained: Data) -> Pair:
         """The tilted energy under the steps' and under the held-out noise; one and the same where nothing is drawn."""
@@ -239,4 +238,10 @@ def _published(recursion: Recursion, posterior: Posterior, erased: Data, retaine
     evidence = Evidence(method, solver="not checked", num_products=chunks * recursion.num_steps)
     if not all_finite(params):
         return Edit(posterior, replace(evidence, refused="the recursion diverged; lower `scaling`"))
-    return Edit(posterior.edited(params, retained.ids), evidence)
+    return _edited(posterior, params, retained, evidence)
+
+
+def _edited(posterior: Posterior, params: Params, retained: Data, evidence: Evidence) -> Edit:
+    """The edit of the posterior as it came: of a request in chunks, it is the parent, not the last chunk's."""
+    steps = {name: norm({name: value}) for name, value in subtract(params, posterior.params).items()}
+    return Edit(posterior.edited(params, retained.ids), replace(evidence, step_norm=steps))
