@@ -213,9 +213,10 @@ def _mean_of(family: Family, outputs: tuple[Tensor, ...], weight: Tensor, weight
     by_draw, factors = _by_draw(weights, outputs[0], weight), family.factors(outputs)
     if not family.coupled:
         return [(by_draw * factor).sum(0) for factor in factors]
-    (probability,) = factors
-    mean = (by_draw * probability).sum(0)
-    return [torch.diag_embed(mean) - torch.einsum("s...i,s...j->...ij", by_draw * probability, probability)]
+    weighted = (by_draw.sqrt() * factors[0]).movedim(0, -2)
+    outer = weighted.mT @ weighted
+    # Rows of ppᵀ sum to p.
+    return [torch.diag_embed(outer.sum(-1)) - outer]
 
 
 def _by_draw(weights: Tensor, output: Tensor, weight: Tensor) -> Tensor:

@@ -105,6 +105,9 @@ class Sweeps:
             if sweeps and (ahead := _ahead(pair, start, params, values, sweep.fall / sweeps[-1].fall)):
                 sweep, params, values = replace(sweep, ahead=ahead), ahead.params, _fallen(values, ahead)
             sweeps.append(sweep)
+            if _fade(sweeps, pair[0]):
+                ended = "converged"
+                break
             if number + 1 < self.max_sweeps:
                 _, gradient = total_and_gradient(pair[0].energy, params, pair[0].retained)
         return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first), at_origin, values)
@@ -142,11 +145,23 @@ def ending(space: KrylovSpace, sweeps: list[Sweep], tilted: TiltedEnergy) -> str
     Like is compared with like: the undamped step's promise with the last sweep's, whatever damping was kept there.
     """
     predicted = undamped_fall(space)
-    if predicted <= max(tolerance(tilted), ENOUGH * sum(sweep.fall for sweep in sweeps)):
+    if predicted <= _enough(sweeps, tilted):
         return "converged"
     if sweeps and math.isfinite(predicted) and predicted > GROWTH * max(sweeps[-1].undamped, sweeps[-1].fall):
         return "diverging"
     return None
+
+
+def _enough(sweeps: list[Sweep], tilted: TiltedEnergy) -> float:
+    """A predicted fall that is not worth a sweep, nats."""
+    return max(tolerance(tilted), ENOUGH * sum(sweep.fall for sweep in sweeps))
+
+
+def _fade(sweeps: list[Sweep], tilted: TiltedEnergy) -> bool:
+    """Whether undamped sweeps shrink so fast that the next, by the same ratio, would not be worth its products."""
+    if len(sweeps) < 2 or any(sweep.location is None or sweep.location.damping for sweep in sweeps[-2:]):
+        return False
+    return sweeps[-1].fall ** 2 <= _enough(sweeps, tilted) * sweeps[-2].fall
 
 
 def _sweep(
