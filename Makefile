@@ -2,14 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-DOCS_READY := .venv/.ready-docs
 
 # One process a core with one thread each is faster than threads, which fight over the cores.
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench docs clean
+.PHONY: help demo test test-slow lint format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,19 +34,12 @@ format: $(READY)  ## put the sources into form
 bench: $(READY)  ## the benchmarks, each beside its rival
 	$(BIN)/python -m benchmarks
 
-docs: $(DOCS_READY)  ## build the pages into site/
-	$(BIN)/python -m mkdocs build --strict
-
 clean:  ## remove what was built, and .venv
-	rm -rf .venv build dist site demo-report *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist demo-report *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else \
 		"pyro-forget needs Python 3.11 to 3.13, but $(PYTHON) is %d.%d: run make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@touch $@
-
-$(DOCS_READY): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
