@@ -58,7 +58,7 @@ class Digits:
     num_erased: int = 50
     num_steps: int = 300
     learning_rate: float = 0.02
-    polish_pairs: int = 100
+    polish_pairs: int = 64
     polish_gradient: float = 1e-3
     finetune_steps: int = 500
     num_draws: int = 400
