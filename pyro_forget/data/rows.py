@@ -89,6 +89,11 @@ class Data:
         return len(self._rows)
 
     @property
+    def num_whole(self) -> int:
+        """The number of rows of the data that these were split from."""
+        return len(self._all_ids)
+
+    @property
     def indexed(self) -> bool:
         """Whether the call has no per-datum argument, so that the model reads its data with the plate's index."""
         return self._source.indexed

@@ -38,7 +38,7 @@ class LBFGS:
     progress: bool = True
 
     def minimise(self, energy: Energy, params: Params, data: Data) -> Minimum:
-        """The minimum of F(·, data) from `params`, to the gradient norm or the last iteration."""
+        """The minimum of F(·, data) from `params`: to the gradient norm, to rounding, or to the last iteration."""
         leaves = {name: value.detach().clone().requires_grad_(True) for name, value in params.items()}
         losses: list[float] = []
         norms: list[float] = []
@@ -54,12 +54,16 @@ class LBFGS:
         with tqdm(total=self.max_steps, desc="polish", disable=not self.progress) as bar:
             optimiser = self._optimiser(leaves)
             # A few iterations at a time, so that the bar moves and the gradient is looked at.
-            for _ in range(-(-self.max_steps // STRIDE)):
+            for done in range(0, self.max_steps, STRIDE):
+                optimiser.param_groups[0]["max_iter"] = min(STRIDE, self.max_steps - done)
+                start = len(losses)
                 optimiser.step(closure)
                 closure()
-                bar.update(STRIDE)
+                bar.update(optimiser.param_groups[0]["max_iter"])
                 bar.set_postfix(energy=f"{losses[-1]:.6g}", gradient=f"{norms[-1]:.1e}", refresh=False)
-                if norms[-1] <= self.gradient_norm:
+                # What neither lowers the energy nor halves its gradient any more has met the rounding of sums.
+                stalled = losses[-1] >= losses[start] and norms[-1] > 0.5 * norms[start]
+                if norms[-1] <= self.gradient_norm or stalled:
                     break
         return Minimum(clone(leaves), torch.tensor(losses, dtype=torch.float64), norms[-1])
 

@@ -45,7 +45,8 @@ def adopt_model(
     try:
         found = Parametrised.rebuilt(model, run, None) if unfitted else Parametrised.of(model, run)
     finally:
-        _refuse_sizes(sizes, plate, (len(batch), data.num_data))
+        # Of a split, the model may still ask for the number of rows that there were.
+        _refuse_sizes(sizes, plate, (len(batch), data.num_data, data.num_whole))
     sites = [node for node in traces[0].nodes.values() if node["type"] == "sample" and not _is_bookkeeping(node)]
     if not any(_frame(site, plate) for site in sites):
         raise ValueError(_no_plate(sites, plate))
@@ -67,7 +68,8 @@ def start_model(model: Callable[..., Any], data: Data, plate: str, seed: int = 0
 
 def latent_shapes(program: Program, batch: Batch) -> dict[str, torch.Size]:
     """The model's latent sites, in the order of the program, and the shapes of their values."""
-    with torch.random.fork_rng(), pyro.poutine.block():
+    indices = batch.rows if program.indexed else torch.arange(len(batch))
+    with torch.random.fork_rng(), pyro.poutine.block(), plate_rows(program.plate, indices):
         trace = pyro.poutine.trace(lambda: program.model({}, batch.args, batch.kwargs)).get_trace()
     nodes: dict[str, Any] = trace.nodes
     return {
@@ -107,7 +109,7 @@ def _refuse_locals(sites: list[Any], plate: str) -> None:
             raise ValueError(f"Latent '{site['name']}' is discrete: an energy needs continuous latents. Sum it out.")
 
 
-def _refuse_sizes(sizes: list[int | None], plate: str, allowed: tuple[int, int]) -> None:
+def _refuse_sizes(sizes: list[int | None], plate: str, allowed: tuple[int, int, int]) -> None:
     for size in sizes:
         if size not in (None, *allowed):
             raise ValueError(
