@@ -176,12 +176,14 @@ def test_the_seed_says_it_all(small, tmp_path):
     assert without_seconds(other) != without_seconds(again["digits"])
 
 
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """As the command runs it."""
+    return run_demo(tmp_path_factory.mktemp("full"))
+
+
 @pytest.mark.slow
 class TestFull:
-    @pytest.fixture(scope="class")
-    def full(self, tmp_path_factory) -> Demo:
-        return run_demo(tmp_path_factory.mktemp("full"))
-
     def test_the_floor_of_the_digits_is_low(self, full):
         assert full.figures["digits"]["refit"]["floor"] <= 0.1
 
