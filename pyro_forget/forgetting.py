@@ -127,7 +127,10 @@ def _moment_divergence(after: SampledPosterior, before: SampledPosterior) -> flo
         torch.cat([value.reshape(posterior.num_draws, -1) for value in posterior.params.values()], -1)
         for posterior in (after, before)
     ]
-    if len(clouds[0]) <= 2 * clouds[0].shape[1]:
-        return None
     weights = [None if p.log_weights is None else p.log_weights.flatten() for p in (after, before)]
-    return float(moment_kl(clouds[0], clouds[1], weights[0], weights[1]))
+    if min(map(len, clouds)) <= 2 * clouds[0].shape[1]:
+        return None
+    try:
+        return float(moment_kl(clouds[0], clouds[1], weights[0], weights[1]))
+    except ValueError:  # chains that never moved have no covariance: no reason to lose an edit over a figure
+        return None

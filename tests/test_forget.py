@@ -211,6 +211,14 @@ def test_the_report_of_draws() -> None:
     assert report.log_likelihood_after < report.log_likelihood_before
 
 
+def test_draws_that_never_moved_have_no_distance() -> None:
+    """No reason to lose the edit."""
+    posterior, data = drawn()
+    still = posterior.edited({"weight": posterior.params["weight"][:, :1].expand(2, 200, 4)}, posterior.ids)
+    after, report = forget(still, *data.split([1]), Finetune(num_moves=1, progress=False))
+    assert report.kl is None and report.log_likelihood_after is not None and after.num_data == 59
+
+
 @dataclass(frozen=True)
 class Unwilling:
     """A forgetter that refuses."""
