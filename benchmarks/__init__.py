@@ -1,0 +1,1 @@
+"""Speed, memory and closeness, always beside a rival in the same run: python -m benchmarks."""
