@@ -77,15 +77,15 @@ def _diagonal_candidate(params: Params, gradient: Params, tilt: Params, cap: flo
 
 
 def _factor_candidate(params: Params, gradient: Params, tilt: Params, cap: float, power: float) -> _Candidate:
-    """L ← L·chol(K) with K = B^½ (B^−½ M B^−½)⁻¹ B^½, so that K M K = B."""
+    """L ← L·chol(K) with K = (B^−½ M B^−½)⁻¹ = B^½ M⁻¹ B^½: the ratio B/M of the diagonal case, made symmetric."""
     factor = params[FACTOR].double()
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     precision = identity + _mirrored(factor.mT @ gradient[FACTOR].double())
     wanted = _floored(identity + _mirrored(factor.mT @ tilt[FACTOR].double()), FLOOR)
-    root, inverse_root = _powers(wanted, 0.5), _powers(wanted, -0.5)
+    inverse_root = _powers(wanted, -0.5)
     eigenvalues, vectors = torch.linalg.eigh(inverse_root @ precision @ inverse_root)
     ratio = torch.where(eigenvalues <= 1 / cap, cap, 1 / eigenvalues.clamp(min=1e-300))
-    change = _powers(root @ (vectors * ratio) @ vectors.mT @ root, power)
+    change = (vectors * ratio**power) @ vectors.mT
     log_change = _logarithm(change)
     predicted = 0.5 * float((precision * (identity - change)).sum() + (wanted * log_change).sum())
     new = factor @ torch.linalg.cholesky(change)
