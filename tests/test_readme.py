@@ -1,4 +1,4 @@
-"""The README's example runs as it is printed, and its figures are those of a table that the demonstration printed."""
+"""The README: its example runs as it is printed, what it names exists, its links lead somewhere."""
 
 import re
 from pathlib import Path
