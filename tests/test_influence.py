@@ -123,6 +123,19 @@ def test_the_error_of_the_fit_is_carried_over_and_not_added_to() -> None:
     torch.testing.assert_close(fits.loc(after) - left.mean, left.covariance @ exact.precision @ error)
 
 
+@pytest.mark.parametrize("name", ["MeanField", "AutoNormal", "AutoMultivariateNormal"])
+def test_a_scale_that_was_off_stays_off_by_as_much(name: str) -> None:
+    """The fit's own error in the scale is carried over like that in the location, and not squared."""
+    exact, best, data = exact_fit(GAUSSIAN[name])
+    own, view = best.gaussian, best.energy.whole.view
+    assert own is not None and view is not None
+    wide = 1.2 * own.scale if isinstance(own.scale, Tensor) else {k: 1.2 * v for k, v in own.scale.items()}
+    before = best.with_params(view.write(best.params, type(own)(own.loc, wide)))
+    after, _ = erase(before, data, range(40, 60), Influence(max_sweeps=1))
+    expected = 1.44 * fits.covariance(fits.placed(after, exact.without(list(range(40, 60)))))
+    torch.testing.assert_close(fits.covariance(after), expected)
+
+
 def test_points_of_no_residual_move_the_scale_alone() -> None:
     """A location that needs no step is not the end: the point that agreed with the mean had narrowed it."""
     exact, model, _ = fits.linear()
