@@ -252,6 +252,18 @@ class TestTape:
         tape.play(TANGENTS[0])
         torch.testing.assert_close(TANGENTS[0], kept, rtol=0, atol=0)
 
+    def test_what_adds_nothing_is_not_played(self):
+        images = torch.ones(2, 1, 4, 4, dtype=torch.float64)
+
+        def convolved(params: Params) -> Params:
+            # Torch's forward derivative adds what the images would contribute if they moved.
+            return {"y": torch.nn.functional.conv2d(images, params["b"].reshape(2, 1, 1, 3), params["a"][:2])}
+
+        image, tape = Tape.record(convolved, POINT, TANGENTS[0])
+        torch.testing.assert_close(image, derivative(convolved, TANGENTS[0]))
+        torch.testing.assert_close(tape.play(TANGENTS[1]), derivative(convolved, TANGENTS[1]))
+        assert not [step for step in tape.steps if step.operator is torch.ops.aten.add.Tensor]
+
     def test_a_value_changed_after_it_was_used_is_refused(self):
         held = torch.ones(3)
 

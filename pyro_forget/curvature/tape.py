@@ -145,6 +145,7 @@ class _Recorder(TorchDispatchMode):
         self.steps: list[_Step] = []
         self._slots: dict[int, int] = {}
         self._storages: set[int] = set()
+        self._shared: set[int] = set()
         # Alive, so that no other tensor gets their identity or their memory while recording.
         self._tangents: list[Tensor] = []
         self._constants: list[tuple[Tensor, int]] = []
@@ -155,18 +156,20 @@ class _Recorder(TorchDispatchMode):
         tangents = [(place, slot) for place, slot in known if slot is not None]
         if tangents:
             for value in _written(operator, args, kwargs or {}):
-                if id(value) not in self._slots:
-                    raise NoForwardDerivative(f"{operator} writes a tangent into what is none.")
+                if self._slots.get(id(value)) in {None, *self._shared}:
+                    raise NoForwardDerivative(f"{operator} writes a tangent into what others read, or what is none.")
         found = operator(*args, **(kwargs or {}))
         if tangents:
             self._keep(operator, inputs, spec, tangents, tree_flatten(found)[0])
         return found
 
-    def new_slot(self, tangent: Tensor) -> int:
+    def new_slot(self, tangent: Tensor, same_as: int | None = None) -> int:
         """The slot of a tangent; one that was written in place keeps its own."""
         self._storages.add(tangent.untyped_storage()._cdata)
         self._tangents.append(tangent)
-        return self._slots.setdefault(id(tangent), len(self._tangents) - 1)
+        if same_as is not None:
+            self._shared.add(same_as)
+        return self._slots.setdefault(id(tangent), len(self._tangents) - 1 if same_as is None else same_as)
 
     def slot_of(self, tangent: Tensor | None) -> int | None:
         """The slot of an output's tangent; None where it is zero whatever the direction."""
@@ -181,6 +184,10 @@ class _Recorder(TorchDispatchMode):
             raise NoForwardDerivative("A value was changed in place after a tangent had met it.")
 
     def _keep(self, operator: Any, inputs: list[Any], spec: Any, tangents: Any, outputs: list[Any]) -> None:
+        if _adds_nothing(operator, inputs, tangents, outputs):
+            # Such as what the image of a convolution, which does not move, is said to contribute.
+            self.new_slot(outputs[0], same_as=tangents[0][1])
+            return
         places = {place for place, _ in tangents}
         rest = [None if place in places else value for place, value in enumerate(inputs)]
         self._constants += [(value, value._version) for value in rest if isinstance(value, Tensor)]
@@ -192,6 +199,16 @@ class _Recorder(TorchDispatchMode):
         if slot is None and value.untyped_storage()._cdata in self._storages and value.numel():
             raise NoForwardDerivative("A tangent was reached by another tensor that shares its memory.")
         return slot
+
+
+def _adds_nothing(operator: Any, inputs: list[Any], tangents: list[tuple[int, int]], outputs: list[Any]) -> bool:
+    """Whether this is a tangent + 0, or 0 + a tangent."""
+    if operator is not torch.ops.aten.add.Tensor or len(inputs) > 2 or len(tangents) > 1:
+        return False
+    place = tangents[0][0]
+    mine, other, found = inputs[place], inputs[1 - place], outputs[0]
+    same = mine.shape == found.shape and mine.dtype == found.dtype
+    return same and isinstance(other, Tensor) and not bool(other.any())
 
 
 def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
