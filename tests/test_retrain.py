@@ -294,8 +294,9 @@ def test_no_start_with_a_density() -> None:
         forget(before, *data.split([0]), Retrain(progress=False))
 
 
-def test_a_bar_on_request(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv("CI", raising=False)  # Pyro shows no bar where it is set
+def test_a_bar_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("CI", "PYTEST_XDIST_WORKER"):  # where Pyro shows no bar
+        monkeypatch.delenv(name, raising=False)
     _, before, data = drawn()
     forget(before, *data.split([0]), Retrain(num_chains=1, num_draws=5, num_warmup=5))
     assert "Sample" in capsys.readouterr().err
