@@ -40,16 +40,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     torch.set_default_dtype(torch.float32)
     pyro.clear_param_store()
     pyro.param("mine", torch.ones(1))
-    random = torch.get_rng_state()
+    random, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
         demo = run_demo(out, settings=SMALL)
         kept = {
             "type": torch.get_default_dtype() == torch.float32,
+            "threads": torch.get_num_threads() == 2,
             "random state": torch.equal(torch.get_rng_state(), random),
             "parameter store": list(pyro.get_param_store().keys()) == ["mine"],
         }
         return Small(demo, out, [name for name, same in kept.items() if not same])
     finally:
+        torch.set_num_threads(threads)
         torch.set_default_dtype(outside)
 
 

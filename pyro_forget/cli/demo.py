@@ -1,5 +1,7 @@
 """The demonstration: two posteriors, a request to each, and what every method makes of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,10 +53,24 @@ def run_demo(out: Path, *, seed: int = 0, device: str = "cpu", settings: Setting
     """
     settings = settings or Settings()
     where = torch.device(device)
-    with torch.random.fork_rng([where.index or 0] if where.type == "cuda" else []):
+    with _one_thread(), torch.random.fork_rng([where.index or 0] if where.type == "cuda" else []):
         studies = [settings.digits.run(seed, device), settings.breast_cancer.run(seed, device)]
     tree = join({study.key: study.branch() for study in studies}, _TITLE)
     files = [*write_page(out / "report.html", tree), to_netcdf(tree, out / "forgetting.nc")]
     last = f"Wrote {files[0]}, to be opened in a browser, and {len(files) - 1} files beside it."
     text = "\n\n".join([*(study.text() for study in studies), "\n".join(HOW_TO_READ), last])
     return Demo({study.key: study.figures() for study in studies}, text, files)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are taken in one order, so that the seed gives the same chains on any number of cores.
+
+    Matrices this small gain little from more threads, and on a busy machine threads wait for each other.
+    """
+    outside = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(outside)
