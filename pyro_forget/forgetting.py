@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pyro_forget.data import Data
 from pyro_forget.evaluation.distance import gaussian_kl, moment_kl
@@ -60,22 +61,26 @@ def forget(
 
 def _check(posterior: Posterior, erased: Data, retained: Data) -> None:
     given, known = torch.cat([erased.ids, retained.ids]), posterior.ids
-    both = set(erased.ids.tolist()) & set(retained.ids.tolist())
-    if both:
-        shown = sorted(both)[:5]
-        raise ValueError(f"Erased and retained share {len(both)} ids, such as {shown}: use `data.split(ids)`.")
+    both = erased.ids[torch.isin(erased.ids, retained.ids)]
+    if len(both):
+        raise ValueError(f"Erased and retained share {len(both)} ids, such as {_some(both)}: use `data.split(ids)`.")
     if not retained.num_data:
         raise ValueError("Everything would be erased: what is left is the prior, which needs no forgetting.")
-    missing, unknown = set(known.tolist()) - set(given.tolist()), set(given.tolist()) - set(known.tolist())
-    if unknown:
+    missing, unknown = known[~torch.isin(known, given)], given[~torch.isin(given, known)]
+    if len(unknown):
         raise ValueError(
-            f"{len(unknown)} ids are not the posterior's, such as {sorted(unknown)[:5]}: erased before, or never there."
+            f"{len(unknown)} ids are not the posterior's, such as {_some(unknown)}: erased before, or never there."
         )
-    if missing:
+    if len(missing):
         raise ValueError(
-            f"Erased and retained together lack {len(missing)} of the posterior's ids, such as {sorted(missing)[:5]}: "
+            f"Erased and retained together lack {len(missing)} of the posterior's ids, such as {_some(missing)}: "
             "pass all the data that it was fitted to, `forget(posterior, *data.split(ids))`."
         )
+
+
+def _some(ids: Tensor) -> list[int]:
+    """The first few, to show."""
+    return ids.sort().values[:5].tolist()  # type: ignore[no-any-return]
 
 
 def _report(posterior: Posterior, edit: Edit, erased: Data, retained: Data, seconds: float) -> Report:

@@ -126,13 +126,15 @@ class RowNoise:
     def _keyed(self, ids: Tensor, like: Tensor) -> Tensor:
         self._index = self._index or Index(self.ids, "the posterior")
         places = self._index.positions(ids)
-        blocks, inverse = (places // BLOCK).unique(return_inverse=True)
-        pieces = [self._block(int(block), like) for block in blocks]
+        in_order, order = places.sort()
+        blocks, counts = (in_order // BLOCK).unique_consecutive(return_counts=True)
+        # A block at a time: a few rows from all over the data must not bring all blocks into memory.
+        pieces = [
+            _rows(self._block(int(block), like), own % BLOCK)
+            for block, own in zip(blocks, in_order.split(counts.tolist()), strict=True)
+        ]
         drawn = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
-        if len(ids) == drawn.shape[1] and bool((places.diff() == 1).all()):
-            return drawn
-        starts = torch.tensor([0, *(self._rows_of(int(block)) for block in blocks)]).cumsum(0)[:-1]
-        return drawn.index_select(1, (starts[inverse] + places % BLOCK).to(drawn.device))
+        return drawn if bool((places == in_order).all()) else drawn.index_select(1, order.argsort().to(drawn.device))
 
     def _rows_of(self, block: int) -> int:
         return min(BLOCK, len(self.ids) - block * BLOCK)
@@ -169,6 +171,14 @@ class RowNoise:
             generator = seeded(like.device, self.noise.seed, self.site + 1)
             self._pools[key] = orthonormal_frames(size, pairs, pairs, generator, like)
         return self._pools[key]
+
+
+def _rows(block: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a block, ascending; a view where they are consecutive."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows):
+        return block.narrow(1, first, len(rows))
+    return block.index_select(1, rows.to(block.device))
 
 
 @dataclass(frozen=True)
