@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -88,7 +88,10 @@ def run(out: Path) -> None:
 
 def _text(found: dict[str, dict[int, float]]) -> str:
     head = ["MiB at the peak, beyond the data", *(f"N = {size:,}" for size in SIZES), "ratio"]
-    rows = [[name, *(number(p, 3) for p in row.values()), f"{row[SIZES[-1]] / row[SIZES[0]]:.2f}"] for name, row in found.items()]
+    rows = [
+        [name, *(number(p, 3) for p in row.values()), f"{row[SIZES[-1]] / row[SIZES[0]]:.2f}"]
+        for name, row in found.items()
+    ]
     return f"{Table(head, rows)}\n{machine()}\n"
 
 

@@ -80,7 +80,7 @@ def _check(posterior: Posterior, erased: Data, retained: Data) -> None:
 
 def _some(ids: Tensor) -> list[int]:
     """The first few, to show."""
-    return ids.sort().values[:5].tolist()  # type: ignore[no-any-return]
+    return ids.sort().values[:5].tolist()
 
 
 def _report(posterior: Posterior, edit: Edit, erased: Data, retained: Data, seconds: float) -> Report:
