@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_forget.data import Batch, Data
-from pyro_forget.energy import Energy, estimate_and_gradient, gradient_over, share_and_gradient
+from pyro_forget.energy import Energy, NonFinite, estimate_and_gradient, gradient_over, share_and_gradient
 from pyro_forget.params import Params, add, dot, subtract
 
 
@@ -53,8 +53,11 @@ class TiltedEnergy:
         return value + float(dot(self.tilt, subtract(params, self.origin)))
 
     def value_and_gradient(self, params: Params) -> tuple[float, Params]:
-        """The tilted energy and its gradient."""
-        total, gradient = total_and_gradient(self.energy, params, self.retained)
+        """The tilted energy and its gradient; infinity and none where the energy is not finite."""
+        try:
+            total, gradient = total_and_gradient(self.energy, params, self.retained)
+        except NonFinite:
+            return float("inf"), {}
         return self._tilted(total, params), subtract(gradient, self.tilt)
 
     def _tilted(self, total: float, params: Params) -> float:

@@ -483,7 +483,7 @@ def force_of(curvature: float) -> KrylovSpace:
 
 
 def sweep_of(undamped: float, fall: float) -> Sweep:
-    return Sweep(Step({}, 0.5, fall, fall, fall, 0.0), None, 1, undamped)
+    return Sweep(Step({}, 0.5, fall, fall, fall, 0.0, {}), None, 1, undamped)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pyro_forget.energy.gradient import estimate_and_gradient, share_and_gradien
 from pyro_forget.energy.protocol import (
     Energy,
     FunctionEnergy,
+    NonFinite,
     gradient_over,
     share_of,
     total_of_parts,
@@ -20,6 +21,7 @@ __all__ = [
     "Energy",
     "FunctionEnergy",
     "GaussianEnergy",
+    "NonFinite",
     "SampledEnergy",
     "VariationalEnergy",
     "WeightSpace",

@@ -135,15 +135,19 @@ def gradient_over(function: Callable[[Params, Batch], Tensor], params: Params, d
     return float(value), gradient
 
 
+class NonFinite(ValueError):
+    """An energy that is NaN or infinite where a number is needed."""
+
+
 def finite(value: Tensor) -> float:
     """The number of a scalar.
 
     Raises:
-        ValueError: it is not finite.
+        NonFinite: it is NaN or infinite.
     """
     number = float(value.detach())
     if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(
+        raise NonFinite(
             f"The energy is {number}: a log density is not finite at these parameters. Check the data for values "
             "outside the likelihood's support, and the posterior's scales."
         )

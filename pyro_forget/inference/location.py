@@ -26,6 +26,7 @@ class Step:
         predicted: fall of the quadratic, nats.
         realised, held_out: falls of the tilted energy under the step's own and under the held-out noise, nats.
         residual: of the solve.
+        gradient: of the tilted energy there, under the step's own noise.
     """
 
     params: Params
@@ -34,6 +35,7 @@ class Step:
     realised: float
     held_out: float
     residual: float
+    gradient: Params
 
 
 def krylov(operator: LinearOperator, rhs: Params, root: Root, num_products: int) -> KrylovSpace:
@@ -104,5 +106,7 @@ def measured(
     held_out = values[1] - pair[1].value(params)
     if not held_out > least:
         return None
-    realised = held_out if pair[1] is pair[0] else values[0] - pair[0].value(params)
-    return Step(params, damping, predicted, realised, held_out, residual) if realised > least else None
+    # Nearly all that come here are kept, and the next step starts from the gradient where they lead.
+    value, gradient = pair[0].value_and_gradient(params)
+    realised = values[0] - value
+    return Step(params, damping, predicted, realised, held_out, residual, gradient) if realised > least else None

@@ -6,10 +6,10 @@ from typing import cast
 from pyro_forget.curvature import check_deterministic
 from pyro_forget.curvature.hessian import Hessian
 from pyro_forget.inference.location import Step, best_step, krylov, moved
-from pyro_forget.inference.sweeps import Descent, Sweep, ending, undamped_fall
-from pyro_forget.params import Params, subtract
+from pyro_forget.inference.sweeps import Descent, Place, Sweep, ending, undamped_fall
+from pyro_forget.params import Params, scale
 from pyro_forget.solvers.lanczos import KrylovSpace
-from pyro_forget.tilt import TiltedEnergy, total_and_gradient
+from pyro_forget.tilt import TiltedEnergy
 
 # Of the largest curvature seen: the params have no metric of their own here.
 RELATIVE_DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -29,28 +29,25 @@ class NewtonSteps:
 
     def run(self, pair: tuple[TiltedEnergy, TiltedEnergy]) -> Descent:
         """Step from the tilt's origin; `pair` is the tilted energy under the steps' and under held-out noise."""
-        tilted, params, sweeps = pair[0], pair[0].origin, list[Sweep]()
-        values, gradient = (pair[0].at_origin, pair[1].at_origin), subtract(tilted.tilt, tilted.share)
-        curvature = at_origin = Hessian(tilted.energy, params, tilted.retained)
-        check_deterministic(at_origin, params, linear=False, symmetric=False)
+        tilted, place, sweeps = pair[0], Place.origin(pair), list[Sweep]()
+        curvature = at_origin = Hessian(tilted.energy, place.params, tilted.retained)
+        check_deterministic(at_origin, place.params, linear=False, symmetric=False)
         first: KrylovSpace | None = None
         ended = "max_sweeps"
         for number in range(self.max_sweeps):
-            curvature = Hessian(tilted.energy, params, tilted.retained) if number else at_origin
-            space = self._space(curvature, tilted, gradient)
+            curvature = Hessian(tilted.energy, place.params, tilted.retained) if number else at_origin
+            space = self._space(curvature, place.gradient)
             first = first or space
-            step = None if (stop := ending(space, sweeps, tilted)) else _step(space, params, pair, values)
+            step = None if (stop := ending(space, sweeps, tilted)) else _step(space, place.params, pair, place.values)
             if step is None:
                 ended = stop or "nothing accepted"
                 break
             sweeps.append(Sweep(step, None, space.num_steps, undamped_fall(space)))
-            params, values = step.params, (values[0] - step.realised, values[1] - step.held_out)
-            if number + 1 < self.max_sweeps:
-                _, gradient = total_and_gradient(tilted.energy, params, tilted.retained)
-        return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first), at_origin, values)
+            place = place.after(step)
+        return Descent(place.params, tuple(sweeps), ended, cast(KrylovSpace, first), at_origin, place.values)
 
-    def _space(self, curvature: Hessian, tilted: TiltedEnergy, gradient: Params) -> KrylovSpace:
-        return krylov(curvature, subtract(tilted.tilt, gradient), (_same, _same), self.num_products)
+    def _space(self, curvature: Hessian, gradient: Params) -> KrylovSpace:
+        return krylov(curvature, scale(gradient, -1.0), (_same, _same), self.num_products)
 
 
 def _step(

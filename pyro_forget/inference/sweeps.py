@@ -13,9 +13,9 @@ from pyro_forget.energy.coordinates import LOC
 from pyro_forget.gaussian import Gaussian
 from pyro_forget.inference.location import Step, best_step, krylov, measured, moved
 from pyro_forget.inference.scale import scale_step
-from pyro_forget.params import Params, axpy, dot, norm, size, subtract
+from pyro_forget.params import Params, add, axpy, dot, norm, scale, size, subtract
 from pyro_forget.solvers.lanczos import KrylovSpace
-from pyro_forget.tilt import TiltedEnergy, total_and_gradient
+from pyro_forget.tilt import TiltedEnergy
 
 GROWTH = 2.0
 MAX_RATE = 0.8
@@ -83,39 +83,59 @@ class Sweeps:
 
     def run(self, pair: tuple[TiltedEnergy, TiltedEnergy]) -> Descent:
         """Sweep from the tilt's origin; `pair` is the tilted energy under the steps' and under held-out noise."""
-        params, sweeps = pair[0].origin, list[Sweep]()
-        values = pair[0].at_origin, pair[1].at_origin
-        gradient = subtract(pair[0].tilt, pair[0].share)
-        curvature = at_origin = location_curvature(pair[0], params)
-        check_deterministic(at_origin, loc_part(params), linear=False, symmetric=False)
+        place, sweeps = Place.origin(pair), list[Sweep]()
+        curvature = at_origin = location_curvature(pair[0], place.params)
+        check_deterministic(at_origin, loc_part(place.params), linear=False, symmetric=False)
         first: KrylovSpace | None = None
         ended = "max_sweeps"
         for number in range(self.max_sweeps):
-            curvature = location_curvature(pair[0], params) if number else at_origin
-            space = self._space(curvature, pair[0], params, gradient)
+            curvature = location_curvature(pair[0], place.params) if number else at_origin
+            space = self._space(curvature, place)
             first = first or space
             if number and (stop := ending(space, sweeps, pair[0])):
                 ended = stop
                 break
-            start = params
-            sweep, params, values = _sweep(pair, params, values, gradient, space)
+            sweep, end = _sweep(pair, place, space)
             if sweep is None:
                 ended = "converged" if undamped_fall(space) <= tolerance(pair[0]) else "nothing accepted"
                 break
-            if sweeps and (ahead := _ahead(pair, start, params, values, sweep.fall / sweeps[-1].fall)):
-                sweep, params, values = replace(sweep, ahead=ahead), ahead.params, _fallen(values, ahead)
+            if sweeps and (ahead := _ahead(pair, place.params, end, sweep.fall / sweeps[-1].fall)):
+                sweep, end = replace(sweep, ahead=ahead), end.after(ahead)
+            place = end
             sweeps.append(sweep)
             if _fade(sweeps, pair[0]):
                 ended = "converged"
                 break
-            if number + 1 < self.max_sweeps:
-                _, gradient = total_and_gradient(pair[0].energy, params, pair[0].retained)
-        return Descent(params, tuple(sweeps), ended, cast(KrylovSpace, first), at_origin, values)
+        return Descent(place.params, tuple(sweeps), ended, cast(KrylovSpace, first), at_origin, place.values)
 
-    def _space(self, curvature: LinearOperator, tilted: TiltedEnergy, params: Params, gradient: Params) -> KrylovSpace:
-        force = subtract(loc_part(tilted.tilt), loc_part(gradient))
-        gaussian = gaussian_of(params)
+    def _space(self, curvature: LinearOperator, place: "Place") -> KrylovSpace:
+        gaussian = gaussian_of(place.params)
+        force = scale(loc_part(place.gradient), -1.0)
         return krylov(curvature, force, (gaussian.root, gaussian.root_transposed), self.num_products)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a descent stands.
+
+    Attributes:
+        params: coordinates.
+        values: the tilted energies there, under the steps' and under held-out noise, nats.
+        gradient: of the former.
+    """
+
+    params: Params
+    values: tuple[float, float]
+    gradient: Params
+
+    @staticmethod
+    def origin(pair: tuple[TiltedEnergy, TiltedEnergy]) -> "Place":
+        """The tilt's; the request is the only force there."""
+        return Place(pair[0].origin, (pair[0].at_origin, pair[1].at_origin), scale(pair[0].share, -1.0))
+
+    def after(self, step: Step) -> "Place":
+        """Where the step leads."""
+        return Place(step.params, (self.values[0] - step.realised, self.values[1] - step.held_out), step.gradient)
 
 
 def location_curvature(tilted: TiltedEnergy, params: Params) -> LinearOperator:
@@ -164,54 +184,36 @@ def _fade(sweeps: list[Sweep], tilted: TiltedEnergy) -> bool:
     return sweeps[-1].fall ** 2 <= _enough(sweeps, tilted) * sweeps[-2].fall
 
 
-def _sweep(
-    pair: tuple[TiltedEnergy, TiltedEnergy],
-    params: Params,
-    values: tuple[float, float],
-    gradient: Params,
-    space: KrylovSpace,
-) -> tuple[Sweep | None, Params, tuple[float, float]]:
+def _sweep(pair: tuple[TiltedEnergy, TiltedEnergy], place: Place, space: KrylovSpace) -> tuple[Sweep | None, Place]:
     """Location, then scale at the new location; None where neither had an acceptable step."""
-    location = scale = None
+    location = None
     if undamped_fall(space) > tolerance(pair[0]):
-        location = best_step(space, lambda u: _shifted(params, gaussian_of(params), u), pair, values)
-    if location is not None:
-        params, values = location.params, _fallen(values, location)
-        _, gradient = total_and_gradient(pair[0].energy, params, pair[0].retained)
+        location = best_step(space, lambda u: _shifted(place.params, gaussian_of(place.params), u), pair, place.values)
+    moved_to = place.after(location) if location else place
     # A location that has converged does not excuse the scale: points of zero residual still narrow it.
-    scale = scale_step(params, pair, values, gradient, tolerance(pair[0]))
-    if scale is not None:
-        params, values = scale.params, _fallen(values, scale)
-    if location is None and scale is None:
-        return None, params, values
-    return Sweep(location, scale, space.num_steps, undamped_fall(space)), params, values
+    untilted = add(moved_to.gradient, pair[0].tilt)
+    widened = scale_step(moved_to.params, pair, moved_to.values, untilted, tolerance(pair[0]))
+    if location is None and widened is None:
+        return None, place
+    sweep = Sweep(location, widened, space.num_steps, undamped_fall(space))
+    return sweep, moved_to.after(widened) if widened else moved_to
 
 
-def _ahead(
-    pair: tuple[TiltedEnergy, TiltedEnergy],
-    start: Params,
-    params: Params,
-    values: tuple[float, float],
-    ratio: float,
-) -> Step | None:
+def _ahead(pair: tuple[TiltedEnergy, TiltedEnergy], start: Params, end: Place, ratio: float) -> Step | None:
     """Where the sweeps are heading, if the energy is lower there under both noises.
 
     Location and scale pull at each other in hierarchies, so that sweeps shrink by a steady factor ρ; the sum of the
     geometric series that is left is ρ / (1 − ρ) of the last one (Aitken 1926). Falls shrink by ρ².
     """
     rate = min(math.sqrt(max(ratio, 0.0)), MAX_RATE)
-    ahead = axpy(rate / (1 - rate), subtract(params, start), params)
-    return measured(ahead, pair, values, least=0.0)
+    ahead = axpy(rate / (1 - rate), subtract(end.params, start), end.params)
+    return measured(ahead, pair, end.values, least=0.0)
 
 
 def _shifted(params: Params, gaussian: Gaussian, solution: Params) -> Params:
     """The coordinates after the location's step L·u."""
     step = {LOC + name: value for name, value in gaussian.root(solution).items()}
     return moved(params, step)
-
-
-def _fallen(values: tuple[float, float], step: Step) -> tuple[float, float]:
-    return values[0] - step.realised, values[1] - step.held_out
 
 
 def stationarity(pair: tuple[TiltedEnergy, TiltedEnergy], descent: Descent) -> float | None:
