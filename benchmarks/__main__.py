@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-NAMES = ("overhead", "exactness")
+NAMES = ("overhead", "exactness", "closeness", "draws", "networks", "products", "memory")
 
 
 def main(

@@ -86,9 +86,10 @@ def params_of(posterior: VariationalPosterior) -> Params:
 
 def distance(first: Params, second: Params) -> float:
     """KL(first ‖ second), nats; infinite where a method diverged."""
-    if not all(bool(value.isfinite().all()) for value in first):
+    scale = first[1].exp()
+    if not bool((first[0].isfinite() & scale.isfinite() & (scale > 0)).all()):
         return float("inf")
-    return float(gaussian_kl(first[0], first[1].exp(), second[0], second[1].exp()))
+    return float(gaussian_kl(first[0], scale, second[0], second[1].exp()))
 
 
 def requests(task: Digits, fit: Params) -> dict[str, Callable[[], Tensor]]:

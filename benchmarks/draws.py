@@ -5,14 +5,19 @@ the worst margins go. Draws come from independent chains, so that a distance has
 KL between Gaussians with the moments of the two clouds; its floor is that of a second set of chains.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.clock import timed
+from benchmarks.figures.draws import draw
+from benchmarks.record import Table, number, write
+from benchmarks.timing import machine, one_thread
 from pyro_forget.data import Data
 from pyro_forget.evaluation import moment_kl
 from pyro_forget.forgetters.reweight import Reweight
@@ -26,6 +31,8 @@ SEEDS = range(5)
 ERASED = (2, 10, 30, 100)
 NUM_ROWS, NUM_COLUMNS = 300, 8
 NUM_STEPS = 100
+NUM_DRAWS = (2_000, 400)
+CLOSE = 60.0  # nats · draws beyond the floor, which falls as 1 / draws: 0.03 of 2,000
 METHODS: dict[str, Forgetter] = {
     "transport": Transport(),
     "common shift": Transport(shift_only=True),
@@ -148,3 +155,41 @@ def says_no(record: dict[str, Any]) -> bool:
     """Whether k̂ or the effective sample size tells a reader not to rely on the weighted draws."""
     heavy = record["khat"] is None or record["khat"] > khat_threshold(record["draws"])
     return heavy or record["ess"] is None or record["ess"] < 0.5 * record["draws"]
+
+
+def run(out: Path) -> None:
+    """Measure, write the tables and draw the figure."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with one_thread():
+            found = [record for size in NUM_DRAWS for seed in SEEDS for record in records(seed, size)]
+    finally:
+        torch.set_default_dtype(dtype)
+    draw(found)
+    tables = (_table([record for record in found if record["draws"] == size]) for size in NUM_DRAWS)
+    write(out, "draws", found, "\n".join(map(str, tables)) + f"\n{machine(dtype='float64')}\n")
+
+
+def _table(records: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    for count in ERASED:
+        for method in METHODS:
+            own = [r for r in records if r["erased"] == count and r["method"] == method]
+            beyond = max(r["after"] - r["floor"] for r in own)
+            silent = sum(r["after"] - r["floor"] > CLOSE / r["draws"] and not says_no(r) for r in own)
+            khats, sizes = [r["khat"] for r in own if r["khat"] is not None], [r["ess"] for r in own if r["ess"]]
+            cells = [median(r["before"] for r in own), median(r["floor"] for r in own), median(r["after"] for r in own)]
+            rows.append(
+                [
+                    f"{count}, {method}",
+                    *(number(value, 2) for value in (*cells, beyond)),
+                    number(max(khats, default=None), 2),
+                    number(min(sizes, default=None), 4),
+                    f"{sum(map(says_no, own))} of {len(own)}",
+                    str(silent),
+                    number(median(r["seconds"] for r in own), 2),
+                ]
+            )
+    head = ["erased", "KL before", "floor", "after", "worst beyond the floor", "largest k̂", "least ESS"]
+    return Table([f"{records[0]['draws']:,} draws: {head[0]}", *head[1:], "says no", "far and silent", "s"], rows)

@@ -1,14 +1,13 @@
 """Remaining fraction against seconds on digits: forgetting, the published recursion, fine-tuning, refits."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks import softmax
-from benchmarks.clock import interleaved, timed
+from benchmarks.clock import timed
 from benchmarks.digits import Digits, distance, fitted, params_of, requests
 from benchmarks.softmax import Params, Rows
 from pyro_forget.forgetters.influence import Influence
@@ -27,7 +26,7 @@ class Point:
     """One run.
 
     Attributes:
-        method: "forgetting", "recursion", "fine-tuning", "warm refit", "cold refit".
+        method: "forgetting", "recursion through Pyro", "recursion", "fine-tuning", "warm refit", "cold refit".
         setting: of the method.
         seed: of the shuffle and all noise.
         seconds: CPU seconds of one thread.
@@ -81,6 +80,7 @@ class Reference:
 def points(seed: int, reference: Reference, fine: Reference) -> Iterator[Point]:
     """Every method on the first request; `fine` has the 200 frame pairs."""
     yield from _forgetting(seed, reference, fine)
+    yield from _published(seed, reference)
     yield from _recursion(seed, reference)
     yield from _fine_tuning(seed, reference)
     yield from _refits(seed, reference)
@@ -92,11 +92,18 @@ def _forgetting(seed: int, reference: Reference, fine: Reference) -> Iterator[Po
         for pairs in PAIRS
         for sweeps in SWEEPS
     }
-    rounds = 1
-    seconds = interleaved({name: lambda m=method: reference.forget(m) for name, method in methods.items()}, rounds)
     for name, method in methods.items():
-        left, left_fine = (kind.remaining(kind.forget(method)) for kind in (reference, fine))
-        yield Point("forgetting", name, seed, seconds[name], left, left_fine)
+        found, seconds = timed(lambda m=method: reference.forget(m))
+        left_fine = fine.remaining(fine.forget(method))
+        yield Point("forgetting", name, seed, seconds, reference.remaining(found), left_fine)
+
+
+def _published(seed: int, reference: Reference) -> Iterator[Point]:
+    """The recursion as the library's preset runs it, through Pyro, vectorised over its draws."""
+    methods = {f"T = 64, scaling {scaling:g}": Influence.published(scaling, seed=seed) for scaling in SCALINGS}
+    for name, method in methods.items():
+        found, seconds = timed(lambda m=method: reference.forget(m))
+        yield Point("recursion through Pyro", name, seed, seconds, reference.remaining(found))
 
 
 def _influence(sweeps: int | None, pairs: int, seed: int) -> Influence:
@@ -145,11 +152,6 @@ def by_autograd(rows: Rows) -> Callable[[Params], tuple[float, Params]]:
     return lambda params: softmax.gradient(params, softmax.energy, rows)
 
 
-def records(found: list[Point]) -> list[dict[str, Any]]:
-    """Plain values."""
-    return [asdict(point) for point in found]
-
-
 def references(seed: int) -> tuple[Reference, Reference]:
     """(under 32 independent pairs, under 200 frame pairs) for the request that the frontier is of."""
     task = Digits.shuffled(seed)
@@ -159,14 +161,6 @@ def references(seed: int) -> tuple[Reference, Reference]:
     finer = task.under(softmax.frame_pairs(200, size, 10, 20_000 + seed))
     fit = fitted(finer.rows, reference.fit, 1e-3)
     return reference, Reference.of(finer, "50 of class 0", fit, reference.refit, 1e-3)
-
-
-def cold_seconds(reference: Reference) -> float:
-    """Of a refit from nothing: its evaluations, counted on the fast gradient, times that of one by autograd."""
-    begin = softmax.start(reference.task.rows.x, 10)
-    visits = softmax.minimise(lambda p: softmax.blockwise(p, reference.retained, 64), begin, 1e-3)
-    one = interleaved({"one": lambda: by_autograd(reference.retained)(reference.fit)}, 3)["one"]
-    return len(visits) * min(one, visits[-1].seconds / len(visits))
 
 
 def erasures(seed: int, reference: Reference) -> Iterator[dict[str, Any]]:
@@ -187,6 +181,3 @@ def erasures(seed: int, reference: Reference) -> Iterator[dict[str, Any]]:
                 "sweeps": len(edit.evidence.sweeps),
                 "stationarity": edit.evidence.stationarity,
             }
-
-
-torch.set_num_threads(1)

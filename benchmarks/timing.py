@@ -72,11 +72,11 @@ def devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def machine(device: str = "cpu") -> str:
+def machine(device: str = "cpu", dtype: str = "float32") -> str:
     """What the numbers were measured on, in one line."""
     python, processor = platform.python_version(), torch.cuda.get_device_name() if device == "cuda" else _processor()
     threads = "" if device == "cuda" else f", {os.cpu_count()} cores, 1 thread"
-    return f"{processor}{threads}; torch {torch.__version__}, Python {python}, float32."
+    return f"{processor}{threads}; torch {torch.__version__}, Python {python}, {dtype}."
 
 
 def _processor() -> str:

@@ -53,6 +53,15 @@ def test_the_plate_is_pyros_again_after_an_error() -> None:
     assert sizes(two_plates)["x"] == (20, 5.0)
 
 
+def test_a_plate_that_is_open_around_a_call_is_refused() -> None:
+    """It would broadcast every site of the model."""
+    posterior = adopted("AutoNormal")
+    with pyro.plate("outer", 3), pytest.raises(ValueError, match=r"plate 'outer' is open.*from outside"):
+        posterior.energy.total(posterior.params, data())
+    with pyro.plate("outer", 3), pytest.raises(ValueError, match=r"plate 'outer' is open"):
+        adopted("AutoNormal")
+
+
 def test_the_plate_hands_out_its_indices() -> None:
     with plate_rows("data", torch.tensor([4, 7])), pyro.plate("data", 100, subsample_size=20) as rows:
         assert rows.tolist() == [4, 7]

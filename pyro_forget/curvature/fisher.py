@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_forget.effects.random import forked_rng
 from pyro_forget.effects.site import Site
 
 NUM_SAMPLES = 16
@@ -104,9 +105,7 @@ def sampled_outputs(site: Site) -> tuple[tuple[Tensor, ...], Tensor]:
 
     Their Jacobian's rows are scores, whose mean square is the Fisher matrix (Martens 2020, section 9).
     """
-    device = site.value.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(0)
+    with forked_rng(0), torch.no_grad():
         values = site.fn.sample((NUM_SAMPLES,))
     scores = site.fn.log_prob(values)
     weight = torch.as_tensor(site.scale, dtype=scores.dtype, device=scores.device)

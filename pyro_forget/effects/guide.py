@@ -15,6 +15,7 @@ from pyro_forget.data import Batch
 from pyro_forget.effects.parameters import Parametrised
 from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import over_draws, quiet
+from pyro_forget.effects.random import forked_rng
 from pyro_forget.effects.run import Latents, is_subsample
 from pyro_forget.params import Params
 
@@ -70,8 +71,7 @@ class Guide:
         guide: Callable[..., Any], plate: str, template: Batch, params: Params | None, seed: int = 0
     ) -> "Guide":
         """A guide from its code, the call it is first made with, and saved parameters (None: its first ones)."""
-        with plate_rows(plate, torch.arange(len(template))), block(), torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with plate_rows(plate, torch.arange(len(template))), block(), forked_rng(seed):
             found = Parametrised.rebuilt(guide, lambda: guide(*template.args, **template.kwargs), params)
         return Guide.of(found, plate, template)
 
@@ -108,13 +108,12 @@ def run_guide(guide: Parametrised, params: Params, batch: Batch, plate: str, noi
 
 def count_normals(run: Callable[[Tensor | None], GuideRun]) -> int | None:
     """How many standard normal numbers a guide's draw consumes; None where other randomness enters as well."""
-    with torch.random.fork_rng(), _Normals(None) as counter:
+    with forked_rng(), _Normals(None) as counter:
         run(None)
     noise = torch.zeros(counter.count)
     draws = []
     for seed in (0, 1):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with forked_rng(seed):
             draws.append(run(noise).latents)
     same = all(torch.equal(draws[0][name], draws[1][name]) for name in draws[0])
     return counter.count if same else None

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 
@@ -17,7 +19,16 @@ def plate_rows(name: str, indices: Tensor) -> Iterator[list[int | None]]:
 
     Yields:
         The sizes that the program asked for, one for each plate made; None where it gave none.
+
+    Raises:
+        ValueError: a plate is open around the call: every site within would be broadcast over it.
     """
+    for handler in _PYRO_STACK:
+        if isinstance(handler, IndepMessenger):
+            raise ValueError(
+                f"The plate {handler.name!r} is open around this call and would be taken for part of the model: "
+                "call from outside of it."
+            )
     original = SubsampleMessenger._subsample
     asked: list[int | None] = []
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_forget.data import Batch
 from pyro_forget.effects.parameters import Parametrised
 from pyro_forget.effects.plate import plate_rows
+from pyro_forget.effects.random import forked_rng
 from pyro_forget.effects.run import Answers, Latents, Recorder
 from pyro_forget.effects.site import Site
 from pyro_forget.params import Params
@@ -74,7 +75,7 @@ class Program:
 
         `tensors` are its learned parameters, free or not; None: those it starts with.
         """
-        with plate_rows(plate, torch.arange(len(template))), pyro.poutine.block(), torch.random.fork_rng():
+        with plate_rows(plate, torch.arange(len(template))), pyro.poutine.block(), forked_rng():
             found = Parametrised.rebuilt(model, lambda: model(*template.args, **template.kwargs), tensors)
         kept = found.frozen([name for name in found.free if name not in free])
         return Program(kept, plate, indexed, template, minibatch_of)

@@ -12,6 +12,7 @@ from pyro_forget.data import Batch, Data
 from pyro_forget.effects.guide import Guide, GuideRun
 from pyro_forget.effects.noise import Noise, seeded
 from pyro_forget.effects.program import Program, over_draws, quiet
+from pyro_forget.effects.random import forked_rng
 from pyro_forget.effects.run import Answers, Latents
 from pyro_forget.effects.site import Site
 from pyro_forget.energy.conjugate import Conjugate
@@ -133,19 +134,17 @@ class GuideEnergy:
             if self.guide.num_normals == 0:
                 return over_draws(of, {"noise": like.new_zeros(1, 0)}, 1)
             if self.guide.num_normals is None:
-                return self._expect_by_seed(guided, function, like.device)
+                return self._expect_by_seed(guided, function)
             noise = self.noise.normal(self.guide.num_normals, like)
             if self.guide.vectorised:
                 return over_draws(of, {"noise": noise}, len(noise))
             return torch.stack([of({"noise": row}) for row in noise])
 
-    def _expect_by_seed(self, guided: Params, function: Any, device: torch.device) -> Any:
+    def _expect_by_seed(self, guided: Params, function: Any) -> Any:
         """Guides with randomness other than Normals: one seed a draw."""
         found = []
-        devices = [device] if device.type == "cuda" else []
         for place in range(self.noise.num_draws):
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(int(seeded(torch.device("cpu"), self.noise.seed, place).initial_seed()))
+            with forked_rng(int(seeded(torch.device("cpu"), self.noise.seed, place).initial_seed())):
                 run = self.guide.run(guided, None)
             found.append(function(run.latents, run))
         return torch.stack(found)
@@ -197,8 +196,7 @@ def default_pairs(size: int, row_shapes: Mapping[str, torch.Size], num_data: int
 
 def first_draw(guide: Guide) -> GuideRun:
     """One draw of a guide, the same every time."""
-    with torch.random.fork_rng(), torch.no_grad(), quiet():
-        torch.manual_seed(0)
+    with forked_rng(0), torch.no_grad(), quiet():
         return guide.run(guide.guide.params, None)
 
 

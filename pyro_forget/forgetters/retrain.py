@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyro_forget.data import Data
 from pyro_forget.effects.adoption import first_params
 from pyro_forget.effects.program import Program
+from pyro_forget.effects.random import forked_rng
 from pyro_forget.energy.variational import MODEL_PREFIX
 from pyro_forget.forgetters.cloud import input_health
 from pyro_forget.forgetters.training import trained
@@ -113,9 +114,7 @@ class Retrain:
         One at a time: Pyro runs chains side by side in processes of their own, which need a model that can be
         pickled, and warns where there are fewer cores than chains.
         """
-        devices = [target.device] if target.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed * 1_000_003 + number)
+        with forked_rng(self.seed * 1_000_003 + number):
             mcmc = MCMC(
                 self.kernel(potential_fn=target.potential),
                 num_samples=self.num_draws,

@@ -15,6 +15,7 @@ from pyro_forget.effects.adoption import adopt_guide, adopt_model, check_rows, s
 from pyro_forget.effects.guide import Guide
 from pyro_forget.effects.parameters import fresh_copy, loaded_store, unconditioned
 from pyro_forget.effects.program import Program, latents_log_likelihood, over_draws, quiet
+from pyro_forget.effects.random import forked_rng
 from pyro_forget.effects.run import Latents
 from pyro_forget.energy import VariationalEnergy, value_and_gradient, variational_energy
 from pyro_forget.energy.variational import MODEL_PREFIX, first_draw, guide_part, model_part
@@ -143,9 +144,7 @@ class VariationalPosterior:
             raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
         guide, params = self._program.guide, guide_part(self.params)
         like = next(iter(self.params.values()))
-        devices = [like.device] if like.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), quiet():
-            torch.manual_seed(seed)
+        with forked_rng(seed), torch.no_grad(), quiet():
             if guide.num_normals and guide.vectorised:
                 noise = torch.randn(num_draws, guide.num_normals, dtype=like.dtype, device=like.device)
                 return over_draws(lambda drawn: guide.run(params, drawn["noise"]).latents, {"noise": noise}, num_draws)

@@ -13,6 +13,7 @@ from pyro_forget.effects.guide import Guide
 from pyro_forget.effects.parameters import NeverFitted, Parametrised, fresh_copy, is_fitted, unfitted_copy
 from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import Program, quiet
+from pyro_forget.effects.random import forked_rng
 from pyro_forget.effects.run import Latents
 from pyro_forget.params import Params
 
@@ -26,7 +27,7 @@ def adopt_guide(guide: Callable[..., Any], data: Data, program: Program) -> Guid
     batch = next(data.batches())
 
     def run() -> None:
-        with torch.random.fork_rng(), plate_rows(program.plate, torch.arange(len(batch))):
+        with forked_rng(), plate_rows(program.plate, torch.arange(len(batch))):
             guide(*batch.args, **batch.kwargs)
 
     parametrised = Parametrised.of(guide, run)
@@ -74,7 +75,7 @@ def first_params(guide: Guide, data: Data, seed: int = 0) -> Params:
 
 
 def _same_latents(guide: Guide, program: Program, batch: Batch) -> None:
-    with torch.random.fork_rng():
+    with forked_rng():
         run = guide.run({}, None)
     mine = {name: tuple(value.shape) for name, value in run.latents.items()}
     theirs = {name: tuple(shape) for name, shape in latent_shapes(program, batch).items()}
@@ -97,8 +98,7 @@ def _refuse_amortised(guide: Guide, data: Data, batch: Batch) -> None:
     third = next(data.split(batch.ids[::3])[0].batches())
 
     def draw(rows: Batch | None) -> Latents:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with forked_rng(0):
             return guide.run({}, None, rows).latents
 
     runs = [draw(rows) for rows in (batch, third, None)]

@@ -10,6 +10,7 @@ from pyro_forget.data import Batch, Data
 from pyro_forget.effects.parameters import NeverFitted, Parametrised
 from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import Program
+from pyro_forget.effects.random import forked_rng
 
 
 def adopt_model(
@@ -36,7 +37,7 @@ def adopt_model(
 
     def run() -> None:
         # With the plate as it will be: a hard-coded number of data does not fit one batch of them.
-        with torch.random.fork_rng(), plate_rows(plate, indices) as asked:
+        with forked_rng(), plate_rows(plate, indices) as asked:
             try:
                 traces.append(pyro.poutine.trace(model).get_trace(*batch.args, **batch.kwargs))
             finally:
@@ -61,15 +62,14 @@ def start_model(model: Callable[..., Any], data: Data, plate: str, seed: int = 0
     try:
         return adopt_model(model, data, plate)
     except NeverFitted:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with forked_rng(seed):
             return adopt_model(model, data, plate, unfitted=True)
 
 
 def latent_shapes(program: Program, batch: Batch) -> dict[str, torch.Size]:
     """The model's latent sites, in the order of the program, and the shapes of their values."""
     indices = batch.rows if program.indexed else torch.arange(len(batch))
-    with torch.random.fork_rng(), pyro.poutine.block(), plate_rows(program.plate, indices):
+    with forked_rng(), pyro.poutine.block(), plate_rows(program.plate, indices):
         trace = pyro.poutine.trace(lambda: program.model({}, batch.args, batch.kwargs)).get_trace()
     nodes: dict[str, Any] = trace.nodes
     return {
