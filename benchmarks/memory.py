@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.record import Table, number, write
 from benchmarks.timing import machine
@@ -19,9 +21,8 @@ from pyro_forget.models import MLP, SoftmaxRegression
 from pyro_forget.posterior import VariationalPosterior
 
 SIZES = (10_000, 60_000)
-BATCH, NUM_ERASED, NUM_PRODUCTS = 512, 100, 5
+BATCH, NUM_ERASED, NUM_PRODUCTS = 512, 100, 3
 MODELS = {"softmax regression, 784-10": (784, 10), "MLP, 784-32-10": (784, 32, 10)}
-SEEDS = range(3)
 
 
 def request(widths: tuple[int, ...], num_data: int, device: str) -> float:
@@ -38,15 +39,22 @@ def request(widths: tuple[int, ...], num_data: int, device: str) -> float:
 
 
 class _Process:
-    """Resident memory of this process; its high-water mark is set back first."""
+    """Memory that torch takes on the CPU, from its own record of every allocation.
+
+    The resident memory of the process would not do: what an earlier request gave back is often kept by the allocator,
+    and hides the next one's peak.
+    """
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self._before = _resident("VmRSS")
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
 
     def peak(self) -> float:
         """MiB since the start."""
-        return (_resident("VmHWM") - self._before) / 1024
+        self._profile.__exit__(None, None, None)
+        events = self._profile.profiler.kineto_results.events()
+        moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        return max(accumulate(size for _, size in moves)) / 2**20
 
 
 class _Device:
@@ -61,14 +69,8 @@ class _Device:
         return (torch.cuda.max_memory_allocated() - self._before) / 2**20
 
 
-def _resident(field: str) -> int:
-    """KiB."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
 def fresh(model: str, num_data: int, device: str) -> float:
-    """`request` in a process of its own, after a small one that loads what is loaded late."""
+    """`request` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory", model, str(num_data), "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -79,7 +81,7 @@ def fresh(model: str, num_data: int, device: str) -> float:
 def run(out: Path) -> None:
     """Measure, and write the table."""
     found = {
-        f"{model}, {device}": {size: min(fresh(model, size, device) for _ in SEEDS) for size in SIZES}
+        f"{model}, {device}": {size: fresh(model, size, device) for size in SIZES}
         for model in MODELS
         for device in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
     }
@@ -98,8 +100,6 @@ def _text(found: dict[str, dict[int, float]]) -> str:
 def main(model: str, num_data: int, device: Annotated[str, typer.Option()] = "cpu") -> None:
     """One request, for `fresh`."""
     torch.set_num_threads(1)
-    request(MODELS[model], 4 * BATCH, device)
-    request(MODELS[model], 6 * BATCH, device)
     print(json.dumps(request(MODELS[model], num_data, device)))
 
 

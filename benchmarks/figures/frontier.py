@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from benchmarks.figures.canvas import FLOOR, OURS, REFIT, RIVAL, SECOND, figure, save
 
 Point = dict[str, Any]
-LABELLED = {"1 sweep, 10 pairs": "1 sweep", "all sweeps, 10 pairs": "default"}
+LABELLED = {"1 sweeps, 10 pairs": "1 sweep", "all sweeps, 10 pairs": "default"}
 
 
 def draw(points: Sequence[Point]) -> None:
     """docs/figures/frontier.png and .svg."""
-    made, axes = figure(2, 9.5, 4.4)
+    made, axes = figure(2, 9.5, 4.8)
     _forgetting(axes[0], points, "remaining")
     _forgetting(axes[1], points, "remaining_200")
     _best(axes[0], points, "recursion", RIVAL, "published recursion by hand, best of three scalings", "s")
@@ -25,8 +25,8 @@ def draw(points: Sequence[Point]) -> None:
     _finish(axes[0], "against a refit under 32 independent pairs, the fit's own")
     _finish(axes[1], "against a refit under 200 frame pairs")
     axes[0].set_ylabel("remaining fraction of the KL")
-    axes[0].legend(fontsize=7, frameon=False, loc="lower left")
-    axes[1].legend(fontsize=7, frameon=False, loc="upper right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    made.legend(handles, labels, fontsize=7, frameon=False, ncols=4, loc="outside lower center")
     save(made, "frontier")
 
 

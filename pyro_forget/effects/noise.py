@@ -174,9 +174,9 @@ class RowNoise:
 
 
 def _rows(block: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of a block, ascending; a view where they are consecutive."""
+    """Some rows of a block, ascending; a view where they are a run of half of it, for a view keeps all of it alive."""
     first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == len(rows):
+    if last - first + 1 == len(rows) and 2 * len(rows) >= block.shape[1]:
         return block.narrow(1, first, len(rows))
     return block.index_select(1, rows.to(block.device))
 
