@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -26,5 +27,6 @@ def figure(columns: int, width: float = 7.0, height: float = 4.2) -> tuple[Figur
 def save(made: Figure, name: str) -> None:
     """NAME.png and NAME.svg, the same bytes for the same values."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    made.savefig(FOLDER / f"{name}.png", dpi=150, metadata={"Software": None})
-    made.savefig(FOLDER / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        made.savefig(FOLDER / f"{name}.png", dpi=150, metadata={"Software": None})
+        made.savefig(FOLDER / f"{name}.svg", metadata={"Date": None, "Creator": None})
