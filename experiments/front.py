@@ -44,11 +44,13 @@ class Experiment(Generic[Settings]):
         presets: settings by name; the first is the default. Their class has the fields `data`, `fit` and `method`,
             which name folders. `field(metadata={"help": ...})` says what an option is for.
         run: (settings, seed, device, cell's folder) to results of JSON types. It may keep files in the folder.
+        summarise: draws what all finished cells under OUT show, after every command.
     """
 
     name: str
     presets: dict[str, Settings]
     run: Callable[[Settings, int, str, Path], dict[str, Any]]
+    summarise: Callable[[Path], None] | None = None
 
     def __post_init__(self) -> None:
         """Find what would otherwise only fail hours into a run."""
@@ -141,6 +143,8 @@ def command(experiment: Experiment[Settings]) -> typer.Typer:
         finished = [cell for cell in cells if resume and cell.finished()]
         typer.echo(f"{len(cells)} cells, {len(finished)} finished before")
         _run_all([cell for cell in cells if cell not in finished])
+        if experiment.summarise is not None:
+            experiment.summarise(out)
 
     parameters = [*_common_options(experiment), *_setting_options(experiment)]
     main.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -1,0 +1,57 @@
+"""The settings of one cell of the study."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from experiments.gaussian_mixture.fit import Fit
+from experiments.gaussian_mixture.task import Task
+from experiments.gaussian_mixture.variational import Variational
+from pyro_forget.models import GaussianMixture
+
+ALLOWED = {
+    "data": ("published", "simulated"),
+    "fit": ("variational",),
+    "method": ("default", "published"),
+}
+
+
+def _option(default: object, text: str) -> object:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a cell depends on, apart from its seed."""
+
+    data: str = _option("published", "The paper's points, or simulated ones.")
+    fit: str = _option("variational", "How the mixture is fitted.")
+    method: str = _option("default", "The library's default, or the published recursion.")
+    num_erased: int = _option(800, "Points that go.")
+    chunk: int = _option(100, "Points a request.")
+    num_points: int = _option(2000, "Of simulated data.")
+    num_components: int = _option(4, "Components of the mixture.")
+    spread: float = _option(2.5, "Standard deviation of simulated centres.")
+    prior_std: float = _option(1.0, "Standard deviation of the centres' prior.")
+    scaling: float = _option(1.0, "Of the published recursion.")
+    recursion_steps: int = _option(32, "T of the published recursion.")
+    recursion_chunk: int = _option(4, "Points that the published recursion erases at a time.")
+    data_root: str = _option("", "Folder of gmm/; PYRO_FORGET_DATA where none is given.")
+
+    def __post_init__(self) -> None:
+        """Refuse what would only fail after the fit."""
+        for name, allowed in ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose from {', '.join(allowed)}.")
+
+    def task(self, seed: int) -> Task:
+        """The points, and which go."""
+        if self.data == "published":
+            return Task.published(Path(self.data_root) if self.data_root else None, self.num_erased, seed)
+        return Task.simulated(self.num_points, self.num_components, self.spread, self.num_erased, seed)
+
+    def fitting(self) -> Fit:
+        """The way to fit."""
+        model = GaussianMixture(self.num_components, prior_std=self.prior_std)
+        start = partial(Task.start, num_components=self.num_components)
+        return Variational(model, start, self.recursion_steps, self.scaling, self.recursion_chunk)
