@@ -182,8 +182,8 @@ def _fade(sweeps: list[Sweep], tilted: TiltedEnergy) -> bool:
     """Whether undamped sweeps shrink so fast that the next, by the same ratio, would not be worth its products."""
     if len(sweeps) < 2 or any(sweep.location is None or sweep.location.damping for sweep in sweeps[-2:]):
         return False
-    # Undamped steps converge faster than by a steady ratio: half or less of what it says is what comes.
-    return sweeps[-1].fall ** 2 <= 2 * _enough(sweeps, tilted) * sweeps[-2].fall
+    # Undamped steps converge faster than by a steady ratio: a sixth to a half of what it says is what comes.
+    return sweeps[-1].fall ** 2 <= 4 * _enough(sweeps, tilted) * sweeps[-2].fall
 
 
 def _sweep(pair: tuple[TiltedEnergy, TiltedEnergy], place: Place, space: KrylovSpace) -> tuple[Sweep | None, Place]:
