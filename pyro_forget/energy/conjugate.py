@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_forget.effects.site import Site
 from pyro_forget.gaussian import Gaussian
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -66,3 +67,22 @@ def _square(value: Tensor) -> Tensor:
     """The sum of squares: a dot product makes no array of them."""
     flat = value.reshape(-1)
     return torch.dot(flat, flat)
+
+
+def conjugate_of(first: Site, second: Site) -> Conjugate | None:
+    """The prior of a site from two runs with different latents; None where it is no Normal, or changes with them."""
+    normals = [_normal_of(site) for site in (first, second)]
+    if normals[0] is None or normals[1] is None:
+        return None
+    same = all(torch.equal(mine, theirs) for mine, theirs in zip(normals[0], normals[1], strict=True))
+    return Conjugate.of(*normals[0]) if same else None
+
+
+def _normal_of(site: Site) -> tuple[Tensor, Tensor] | None:
+    fn = site.fn
+    while type(fn).__name__ in ("Independent", "ExpandedDistribution"):
+        fn = fn.base_dist
+    plain = site.mask is None and not isinstance(site.scale, Tensor) and site.scale == 1
+    if type(fn).__name__ != "Normal" or not plain:
+        return None
+    return fn.loc.detach().expand(site.value.shape), fn.scale.detach().expand(site.value.shape)

@@ -14,8 +14,7 @@ from pyro_forget.effects.noise import Noise, seeded
 from pyro_forget.effects.program import Program, over_draws, quiet
 from pyro_forget.effects.random import forked_rng
 from pyro_forget.effects.run import Answers, Latents
-from pyro_forget.effects.site import Site
-from pyro_forget.energy.conjugate import Conjugate
+from pyro_forget.energy.conjugate import Conjugate, conjugate_of
 from pyro_forget.energy.gaussian import GaussianEnergy
 from pyro_forget.energy.protocol import estimate_of_parts, total_of_parts
 from pyro_forget.gaussian import Gaussian, GaussianGuide, gaussian_guide
@@ -231,26 +230,8 @@ def _conjugate_sites(program: Program, view: GaussianGuide, latents: Latents) ->
         program.run(program.template, Answers(other, noise=_Zeros()), moved(program.model.params)),
     ]
     pairs = zip(*(({site.name: site for site in run.sites if not site.observed}).items() for run in runs), strict=True)
-    found = {name: _conjugate(first, second) for (name, first), (_, second) in pairs if view.is_real(name)}
+    found = {name: conjugate_of(first, second) for (name, first), (_, second) in pairs if view.is_real(name)}
     return {name: prior for name, prior in found.items() if prior is not None}
-
-
-def _conjugate(first: Site, second: Site) -> Conjugate | None:
-    normals = [_normal_of(site) for site in (first, second)]
-    if normals[0] is None or normals[1] is None:
-        return None
-    same = all(torch.equal(mine, theirs) for mine, theirs in zip(normals[0], normals[1], strict=True))
-    return Conjugate.of(*normals[0]) if same else None
-
-
-def _normal_of(site: Site) -> tuple[Tensor, Tensor] | None:
-    fn = site.fn
-    while type(fn).__name__ in ("Independent", "ExpandedDistribution"):
-        fn = fn.base_dist
-    plain = site.mask is None and not isinstance(site.scale, Tensor) and site.scale == 1
-    if type(fn).__name__ != "Normal" or not plain:
-        return None
-    return fn.loc.detach().expand(site.value.shape), fn.scale.detach().expand(site.value.shape)
 
 
 class _Zeros(dict[str, Tensor]):

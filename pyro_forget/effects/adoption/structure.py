@@ -11,6 +11,7 @@ from pyro_forget.effects.parameters import NeverFitted, Parametrised
 from pyro_forget.effects.plate import plate_rows
 from pyro_forget.effects.program import Program
 from pyro_forget.effects.random import forked_rng
+from pyro_forget.effects.run import Latents
 
 
 def adopt_model(
@@ -68,12 +69,17 @@ def start_model(model: Callable[..., Any], data: Data, plate: str, seed: int = 0
 
 def latent_shapes(program: Program, batch: Batch) -> dict[str, torch.Size]:
     """The model's latent sites, in the order of the program, and the shapes of their values."""
+    return {name: value.shape for name, value in prior_latents(program, batch).items()}
+
+
+def prior_latents(program: Program, batch: Batch, seed: int | None = None) -> Latents:
+    """One draw of the latents from their prior, in the order of the program; constrained."""
     indices = batch.rows if program.indexed else torch.arange(len(batch))
-    with forked_rng(), pyro.poutine.block(), plate_rows(program.plate, indices):
+    with forked_rng(seed), pyro.poutine.block(), plate_rows(program.plate, indices), torch.no_grad():
         trace = pyro.poutine.trace(lambda: program.model({}, batch.args, batch.kwargs)).get_trace()
     nodes: dict[str, Any] = trace.nodes
     return {
-        name: node["value"].shape
+        name: node["value"]
         for name, node in nodes.items()
         if node["type"] == "sample" and not node["is_observed"] and not _is_bookkeeping(node)
     }
