@@ -7,6 +7,7 @@ from pyro_forget.export import from_netcdf, to_datatree, to_inferencedata, to_ne
 from pyro_forget.forgetters import Finetune, Influence, Retrain, Reweight, Transport
 from pyro_forget.forgetting import Refused, forget
 from pyro_forget.inference.fit import fit_guide
+from pyro_forget.inference.stochastic import PSGLD, SGHMC, SGLD, SGNHT, MiniBatchKernel, ScaleAdaptedSGHMC
 from pyro_forget.outcome import Edit, Evidence, Forgetter, Report
 from pyro_forget.page import write_page
 from pyro_forget.posterior import EnergyPosterior, Posterior, SampledPosterior, VariationalPosterior
@@ -14,6 +15,10 @@ from pyro_forget.posterior import EnergyPosterior, Posterior, SampledPosterior, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PSGLD",
+    "SGHMC",
+    "SGLD",
+    "SGNHT",
     "Batch",
     "Data",
     "Edit",
@@ -24,12 +29,14 @@ __all__ = [
     "Forgetter",
     "FunctionEnergy",
     "Influence",
+    "MiniBatchKernel",
     "Posterior",
     "Refused",
     "Report",
     "Retrain",
     "Reweight",
     "SampledPosterior",
+    "ScaleAdaptedSGHMC",
     "Transport",
     "VariationalPosterior",
     "fit_guide",

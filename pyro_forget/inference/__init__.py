@@ -7,5 +7,37 @@ from pyro_forget.inference.moment_matching import (
     held_out_weights,
     moment_matching,
 )
+from pyro_forget.inference.stochastic import (
+    PSGLD,
+    SGHMC,
+    SGLD,
+    SGNHT,
+    SVRG,
+    Constant,
+    Cyclic,
+    Diverged,
+    FixedMode,
+    MiniBatchKernel,
+    RobbinsMonro,
+    ScaleAdaptedSGHMC,
+)
 
-__all__ = ["Affine", "MomentMatching", "affine_fit", "held_out_weights", "moment_matching"]
+__all__ = [
+    "PSGLD",
+    "SGHMC",
+    "SGLD",
+    "SGNHT",
+    "SVRG",
+    "Affine",
+    "Constant",
+    "Cyclic",
+    "Diverged",
+    "FixedMode",
+    "MiniBatchKernel",
+    "MomentMatching",
+    "RobbinsMonro",
+    "ScaleAdaptedSGHMC",
+    "affine_fit",
+    "held_out_weights",
+    "moment_matching",
+]

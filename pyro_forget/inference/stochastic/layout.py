@@ -1,0 +1,86 @@
+"""Where each site's entries stand in the one array that all chains are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from pyro_forget.params import Params
+
+_LONG = 1024
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Chains as one flat array: site after site, within a site chain after chain.
+
+    Updates then are a few passes over one array, whatever the sites, and the entries of a site in all chains lie
+    together, as batched matrix products want them.
+
+    Attributes:
+        shapes: unconstrained shape of each site.
+        num_chains: side by side.
+        turned: sites whose last two dims are kept the other way round, because their gradients come so.
+    """
+
+    shapes: Mapping[str, torch.Size]
+    num_chains: int = 1
+    turned: frozenset[str] = frozenset()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of each site in one chain."""
+        return [prod(shape) for shape in self.shapes.values()]
+
+    @property
+    def size(self) -> int:
+        """Entries of one chain."""
+        return sum(self.sizes)
+
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Each site's entries, (chain, entry), contiguous."""
+        parts = flat.split([size * self.num_chains for size in self.sizes])
+        return [part.view(self.num_chains, -1) for part in parts]
+
+    def views(self, flat: Tensor) -> Params:
+        """Views of shape (chain, *site)."""
+        found = {}
+        for (name, shape), piece in zip(self.shapes.items(), self.pieces(flat), strict=True):
+            turned = name in self.turned
+            view = piece.view(self.num_chains, *(_turned(shape) if turned else shape))
+            found[name] = view.mT if turned else view
+        return found
+
+    def join(self, values: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+        """(chain, *site) by site to the flat array."""
+        parts = [values[name].mT if name in self.turned else values[name] for name in self.shapes]
+        return torch.cat([part.reshape(-1) for part in parts], out=out)
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """(chain, site), a number for all entries of a site, to the flat array."""
+        columns = zip(numbers.unbind(1), self.sizes, strict=True)
+        return torch.cat([column.repeat_interleave(size) for column, size in columns])
+
+    def sums(self, flat: Tensor) -> Tensor:
+        """Sum over each site's entries, (chain, site)."""
+        return torch.stack([piece.sum(1) for piece in self.pieces(flat)], dim=1)
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        """Inner product of each chain, (chain,), float64 over sites."""
+        if self.num_chains == 1:
+            return torch.dot(left, right).double().reshape(1)
+        pairs = zip(self.pieces(left), self.pieces(right), strict=True)
+        return torch.stack([_row_products(one, other) for one, other in pairs]).double().sum(0)
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of rows; those of long ones without an array of products."""
+    if left.shape[1] < _LONG:
+        return (left * right).sum(1)
+    return torch.stack([torch.dot(one, other) for one, other in zip(left, right, strict=True)])
+
+
+def _turned(shape: torch.Size) -> tuple[int, ...]:
+    return *shape[:-2], shape[-1], shape[-2]
