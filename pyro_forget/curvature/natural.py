@@ -42,11 +42,20 @@ class Natural:
     def residual(self, output: Tensor) -> Tensor:
         """The slope of `loss` in the output, (row, unit)."""
         if self.kind == "Categorical":
-            wanted = torch.nn.functional.one_hot(self.target, output.shape[-1])
-            return (torch.exp(output - output.logsumexp(-1, keepdim=True)) - wanted) * self.weight
+            found = torch.exp(output - output.logsumexp(-1, keepdim=True)) * self.weight
+            return found.scatter_add(-1, self.target[:, None], -self.weight.to(found))
         if self.kind == "Bernoulli":
             return (output.sigmoid() - self.target) * self.weight
         return (output - self.target) * self._precision * self.weight
+
+    def loss_and_residual(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once: a softmax over a few classes costs more than the layer before it."""
+        if self.kind != "Categorical":
+            return self.loss(output), self.residual(output)
+        normaliser, own = output.logsumexp(-1, keepdim=True), self.target[:, None]
+        residual = torch.exp(output - normaliser).mul_(self.weight)
+        residual.scatter_add_(-1, own, -self.weight.to(residual))
+        return (normaliser - output.gather(-1, own))[:, 0] * self.weight[:, 0], residual
 
     def fisher(self, output: Tensor) -> Tensor:
         """The Fisher matrix in the output, summed over the rows, (unit, unit)."""

@@ -30,7 +30,7 @@ class OutputLayer:
     """
 
     pool: int | None = None
-    max_steps: int = 30
+    max_steps: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -153,8 +153,8 @@ class _Choice:
         )
         if self.params is None:
             reason = (
-                f"the tilted energy of held-out retained rows rose by {rise:.3g} nats: the request is beyond what these "
-                "steps can do here; take more or smaller steps, or refit"
+                f"the tilted energy of held-out retained rows rose by {rise:.3g} nats: the request is beyond what "
+                "these steps can do here; take more or smaller steps, or refit"
             )
             return replace(found, refused=reason)
         if self.returned == "output layer":

@@ -12,7 +12,7 @@ from pyro_forget.effects.program import Run, quiet
 from pyro_forget.energy.points import Points, over_points
 from pyro_forget.params import Params, axpy
 
-PROBED_ROWS = 32
+PROBED_ROWS = 16
 _SHARED = -1
 _STRETCH = 2.0  # of a probe, in root mean squares of the entries: far enough to cross the kinks of a body
 _RTOL = 2e-3  # of a move, what counts as affine; a body's bends are of order one
@@ -79,11 +79,11 @@ def find_last_layer(points: Points, point: Params, data: Data, seed: int = 0) ->
     others: list[str] = []
     for name in reversed(point):
         moved, affine = _probe(points, point, (*chosen, name), batch, noise, generator)
-        alone = moved if not chosen else _probe(points, point, (name,), batch, noise, generator)[0]
-        if alone and affine:
-            chosen.append(name)
-        elif alone:
+        if not affine:
             others.append(name)
+        # Beside others that move the output, a name that does not would pass for affine.
+        elif moved and (not chosen or _probe(points, point, (name,), batch, noise, generator)[0]):
+            chosen.append(name)
     if not chosen:
         return None
     names = tuple(name for name in point if name in chosen)
@@ -188,7 +188,7 @@ def _probe(
     size = max(float(there.abs().max()), float(back.abs().max()))
     spread = float((log_scale - log_scale[:1]).abs().max())
     bend = float((1.5 * there + back).abs().max())
-    return size > 0 or spread > 0, size > 0 and bend <= _RTOL * size and spread <= _RTOL
+    return size > 0, bend <= _RTOL * size and spread <= _RTOL
 
 
 def _units(
@@ -205,39 +205,36 @@ def _units(
     with torch.enable_grad():
         output = over_points(points, leaves, batch, noise, lambda run: natural_of(run).output, fixed)[0]
         output = output - output.mean(-1, keepdim=True) if is_softmax else output
-    if is_softmax and output.shape[-1] == 2:
-        return {name: _by_shape(point[name]) for name in names}, 2
     rows = torch.randn(len(output), generator=torch.Generator().manual_seed(2)).to(output)
-    strength: dict[str, list[Tensor]] = {name: [] for name in names}
-    for unit in range(output.shape[-1]):
-        slopes = torch.autograd.grad(
-            (output[:, unit] * rows).sum(),
-            list(leaves.values()),
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        for name, slope in zip(names, slopes, strict=True):
-            strength[name].append(slope[0].abs())
-    return {name: _owner(torch.stack(found)) for name, found in strength.items()}, output.shape[-1]
-
-
-def _by_shape(value: Tensor) -> Tensor:
-    """The unit of each entry by its place along a dim of length 2: two logits move alike, whoever pushes."""
-    dims = [dim for dim, length in enumerate(value.shape) if length == 2]
-    if not dims:
-        return torch.full(value.shape, _SHARED, device=value.device)
-    shape = [2 if dim == dims[0] else 1 for dim in range(value.ndim)]
-    return torch.arange(2, device=value.device).reshape(shape).expand(value.shape)
+    each = torch.eye(output.shape[-1]).to(output)[:, None] * rows[:, None]
+    slopes = torch.autograd.grad(
+        output, list(leaves.values()), each, is_grads_batched=True, allow_unused=True, materialize_grads=True
+    )
+    units = {name: _owner(slope[:, 0].abs()) for name, slope in zip(names, slopes, strict=True)}
+    return units, output.shape[-1]
 
 
 def _owner(strength: Tensor) -> Tensor:
-    """(unit, *entry) to (*entry): the first of two that move alike, −1 where more do or nothing moves."""
-    if len(strength) == 1:
-        return torch.zeros(strength.shape[1:], dtype=torch.int64, device=strength.device)
+    """(unit, *entry) to (*entry): the unit that each entry moves most; −1 where there is no telling.
+
+    Features may be zero on all probed rows, and two logits move alike whoever pushes. So where the owners that can be
+    told go by the place along one dim, all do.
+    """
+    count, shape = len(strength), strength.shape[1:]
+    if count == 1:
+        return torch.zeros(shape, dtype=torch.int64, device=strength.device)
     top = strength.topk(2, dim=0)
-    shared = (top.values[1] > 0.75 * top.values[0]) if len(strength) > 2 else torch.zeros_like(top.values[0]).bool()
-    return torch.where(shared, torch.full_like(top.indices[0], _SHARED), top.indices[0])
+    owner, known = top.indices[0], top.values[0] > 0
+    if count > 2:
+        known &= top.values[1] <= 0.75 * top.values[0]
+    else:
+        known &= False
+    for dim in (dim for dim, length in enumerate(shape) if length == count):
+        places = torch.arange(count, device=strength.device)
+        places = places.reshape([count if d == dim else 1 for d in range(len(shape))]).expand(shape)
+        if bool((owner == places)[known].all()):
+            return places
+    return torch.where(known, owner, torch.full_like(owner, _SHARED))
 
 
 def _some_rows(data: Data) -> Batch:

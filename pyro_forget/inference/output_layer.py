@@ -43,25 +43,19 @@ class PoolEnergy:
         object.__setattr__(self, "_fisher", natural.fisher(natural.output) / rows)
         object.__setattr__(self, "_moments", phi.T @ phi / rows)
 
-    def __call__(self, step: Tensor) -> Tensor:
-        """E(u), scalar, float64."""
-        phi, natural = self.features.phi, self.features.natural
-        data = natural.loss(torch.addmm(natural.output, phi, step.T)).double().sum()
-        near = (step * (self._fisher @ step @ self._moments)).sum().double()  # type: ignore[attr-defined]
-        return (
-            self.weight * data
-            + self.prior(step)
-            - (self.tilt * step).sum().double()
-            + self.proximal * self.weight * len(phi) * near
-        )
-
     def gradient(self, step: Tensor) -> tuple[float, Tensor]:
-        """(E(u), ∇E(u))."""
+        """(E(u), ∇E(u)), the value in float64."""
+        phi, natural = self.features.phi, self.features.natural
+        loss, residual = natural.loss_and_residual(torch.addmm(natural.output, phi, step.T))
         leaf = step.detach().requires_grad_(True)
         with torch.enable_grad():
-            value = self(leaf)
-        (slope,) = torch.autograd.grad(value, leaf)
-        return float(value.detach()), slope
+            prior = self.prior(leaf)
+        (pull,) = torch.autograd.grad(prior, leaf, allow_unused=True, materialize_grads=True)
+        strength = self.proximal * self.weight * len(phi)
+        near = self._fisher @ step @ self._moments  # type: ignore[attr-defined]
+        value = self.weight * loss.sum(dtype=torch.float64) + prior.detach()
+        value = value + (step * (strength * near - self.tilt)).sum(dtype=torch.float64)
+        return float(value), self.weight * (residual.T @ phi) + pull + 2 * strength * near - self.tilt
 
     def residual_gradient(self, step: Tensor) -> Tensor:
         """w·Σ δφᵀ, the data's slope, (unit, feature)."""
@@ -149,7 +143,7 @@ class Solved:
 
 
 def solve_output_layer(
-    problem: Problem, layer: LastLayer, pool: Batch, seed: int, max_steps: int = 30, rtol: float = 1e-2
+    problem: Problem, layer: LastLayer, pool: Batch, seed: int, max_steps: int = 20, rtol: float = 3e-2
 ) -> Solved:
     """Minimise the pool's tilted energy over the last layer of every point, the body as it is."""
     order = layer.order()
