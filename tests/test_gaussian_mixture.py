@@ -101,7 +101,7 @@ def test_the_study_forgets_and_draws_what_it_found(method: str, tmp_path: Path) 
 
 
 def test_settings_that_are_not_known_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"`fit` is 'hmc': choose from variational"):
+    with pytest.raises(ValueError, match=r"`fit` is 'hmc': choose from variational, sgld, sghmc"):
         replace(SMALL, fit="hmc")
     with pytest.raises(ValueError, match="lower --num-erased"):
         replace(SMALL, num_erased=190).task(0)

@@ -5,13 +5,15 @@ from functools import partial
 from pathlib import Path
 
 from experiments.gaussian_mixture.fit import Fit
+from experiments.gaussian_mixture.sampled import Sampled
 from experiments.gaussian_mixture.task import Task
 from experiments.gaussian_mixture.variational import Variational
+from pyro_forget.inference.recursion import Recursion
 from pyro_forget.models import GaussianMixture
 
 ALLOWED = {
     "data": ("published", "simulated"),
-    "fit": ("variational",),
+    "fit": ("variational", "sgld", "sghmc"),
     "method": ("default", "published"),
 }
 
@@ -25,8 +27,8 @@ class Settings:
     """What a cell depends on, apart from its seed."""
 
     data: str = _option("published", "The paper's points, or simulated ones.")
-    fit: str = _option("variational", "How the mixture is fitted.")
-    method: str = _option("default", "The library's default, or the published recursion.")
+    fit: str = _option("variational", "variational, sgld or sghmc.")
+    method: str = _option("default", "default or published.")
     num_erased: int = _option(800, "Points that go.")
     chunk: int = _option(100, "Points a request.")
     num_points: int = _option(2000, "Of simulated data.")
@@ -54,4 +56,7 @@ class Settings:
         """The way to fit."""
         model = GaussianMixture(self.num_components, prior_std=self.prior_std)
         start = partial(Task.start, num_components=self.num_components)
-        return Variational(model, start, self.recursion_steps, self.scaling, self.recursion_chunk)
+        recursion = Recursion(self.scaling, self.recursion_steps, 64, 5, self.recursion_chunk)
+        if self.fit == "variational":
+            return Variational(model, start, recursion)
+        return Sampled(model, start, self.fit, recursion)

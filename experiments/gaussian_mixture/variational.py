@@ -12,6 +12,7 @@ from pyro_forget.energy import estimate_and_gradient
 from pyro_forget.evaluation import gaussian_kl
 from pyro_forget.forgetters.influence import Influence
 from pyro_forget.inference.lbfgs import LBFGS
+from pyro_forget.inference.recursion import Recursion
 from pyro_forget.models import GaussianMixture
 from pyro_forget.outcome import Forgetter
 from pyro_forget.params import Params, axpy
@@ -27,9 +28,7 @@ class Variational:
     Attributes:
         model: the mixture.
         start: initial centres of a fit, by (points, seed).
-        recursion_steps: T of the published algorithm.
-        scaling: of its recursion.
-        recursion_chunk: points that it erases at a time.
+        recursion: the published algorithm.
         num_steps: of descent.
         batch_size: of a step.
         learning_rate: times 1 / N, decaying as (t + 1)^−decay.
@@ -38,9 +37,7 @@ class Variational:
 
     model: GaussianMixture
     start: Callable[[Tensor, int], Tensor]
-    recursion_steps: int = 32
-    scaling: float = 1.0
-    recursion_chunk: int = 4
+    recursion: Recursion
     num_steps: int = 2000
     batch_size: int = 64
     learning_rate: float = 2.0
@@ -75,8 +72,4 @@ class Variational:
 
     def forgetter(self, method: str) -> Forgetter:
         """The library's default, or the published recursion."""
-        if method == "default":
-            return Influence()
-        return Influence.published(
-            self.scaling, self.recursion_steps, self.batch_size, num_draws=5, chunk=self.recursion_chunk
-        )
+        return Influence() if method == "default" else Influence(recursion=self.recursion)
