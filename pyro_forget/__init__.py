@@ -7,7 +7,16 @@ from pyro_forget.export import from_netcdf, to_datatree, to_inferencedata, to_ne
 from pyro_forget.forgetters import Finetune, Influence, Retrain, Reweight, Transport
 from pyro_forget.forgetting import Refused, forget
 from pyro_forget.inference.fit import fit_guide
-from pyro_forget.inference.stochastic import PSGLD, SGHMC, SGLD, SGNHT, MiniBatchKernel, ScaleAdaptedSGHMC
+from pyro_forget.inference.stochastic import (
+    PSGLD,
+    SGHMC,
+    SGLD,
+    SGNHT,
+    MiniBatchKernel,
+    Sampling,
+    ScaleAdaptedSGHMC,
+    sample_posterior,
+)
 from pyro_forget.outcome import Edit, Evidence, Forgetter, Report
 from pyro_forget.page import write_page
 from pyro_forget.posterior import EnergyPosterior, Posterior, SampledPosterior, VariationalPosterior
@@ -36,6 +45,7 @@ __all__ = [
     "Retrain",
     "Reweight",
     "SampledPosterior",
+    "Sampling",
     "ScaleAdaptedSGHMC",
     "Transport",
     "VariationalPosterior",
@@ -43,6 +53,7 @@ __all__ = [
     "forget",
     "from_netcdf",
     "remaining_fraction",
+    "sample_posterior",
     "to_datatree",
     "to_inferencedata",
     "to_netcdf",

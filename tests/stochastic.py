@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from scipy.linalg import solve_discrete_lyapunov
 from torch import Tensor
 
 from pyro_forget.data import Data
@@ -71,6 +73,27 @@ def assert_same_law(draws: Tensor, mean: Tensor, covariance: Tensor, bias: float
     scale = deviations[:, None] * deviations
     error = ((scale.square() + covariance.square()) / count).sqrt()
     assert bool(((found - covariance).abs() <= sigmas * error + bias * scale).all()), (found, covariance)
+
+
+def langevin_covariance(target: LinearGaussian, step_size: float) -> Tensor:
+    """Of θ ← (I − εP)θ + √(2ε)ξ, exactly."""
+    one = np.eye(target.x.shape[1])
+    drift = one - step_size * _precision(target)
+    return torch.from_numpy(solve_discrete_lyapunov(drift, 2 * step_size * one))
+
+
+def hamiltonian_covariance(target: LinearGaussian, step_size: float, friction: float) -> Tensor:
+    """Of (θ, v) with v ← (1 − α)v − ηPθ + √(2αη)ξ, θ ← θ + v, exactly."""
+    one = np.eye(target.x.shape[1])
+    pull = step_size * _precision(target)
+    drift = np.block([[one - pull, (1 - friction) * one], [-pull, (1 - friction) * one]])
+    noise = 2 * friction * step_size * np.kron(np.ones((2, 2)), one)
+    return torch.from_numpy(solve_discrete_lyapunov(drift, noise))
+
+
+def _precision(target: LinearGaussian) -> np.ndarray:
+    x = target.x.numpy()
+    return x.T @ x / target.noise**2 + np.eye(x.shape[1]) / target.prior_std**2
 
 
 def moved(rule: Rule, position: Tensor, gradients: list[Tensor], seed: int, **options: Any) -> dict[str, Tensor]:

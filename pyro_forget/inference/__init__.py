@@ -19,7 +19,9 @@ from pyro_forget.inference.stochastic import (
     FixedMode,
     MiniBatchKernel,
     RobbinsMonro,
+    Sampling,
     ScaleAdaptedSGHMC,
+    sample_posterior,
 )
 
 __all__ = [
@@ -36,8 +38,10 @@ __all__ = [
     "MiniBatchKernel",
     "MomentMatching",
     "RobbinsMonro",
+    "Sampling",
     "ScaleAdaptedSGHMC",
     "affine_fit",
     "held_out_weights",
     "moment_matching",
+    "sample_posterior",
 ]

@@ -5,6 +5,8 @@ from pyro_forget.inference.stochastic.failure import Diverged
 from pyro_forget.inference.stochastic.kernel import MiniBatchKernel
 from pyro_forget.inference.stochastic.psgld import PSGLD
 from pyro_forget.inference.stochastic.rule import Rule
+from pyro_forget.inference.stochastic.sample import sample_posterior
+from pyro_forget.inference.stochastic.sampling import Sampling
 from pyro_forget.inference.stochastic.scale_adapted_sghmc import ScaleAdaptedSGHMC
 from pyro_forget.inference.stochastic.schedule import Constant, Cyclic, RobbinsMonro, Schedule
 from pyro_forget.inference.stochastic.sghmc import SGHMC
@@ -24,6 +26,8 @@ __all__ = [
     "MiniBatchKernel",
     "RobbinsMonro",
     "Rule",
+    "Sampling",
     "ScaleAdaptedSGHMC",
     "Schedule",
+    "sample_posterior",
 ]

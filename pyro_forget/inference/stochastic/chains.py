@@ -109,6 +109,39 @@ class Chains:
         if kinetic is not None:
             self.statistics["kinetic_temperature"] = kinetic.double()
 
+    def draw(self, thin: int) -> Latents:
+        """`thin` steps, and more until the schedule lets a draw be taken; measured at the last.
+
+        Raises:
+            Diverged: the energy or a chain is not finite.
+        """
+        for left in reversed(range(thin)):
+            self.step(measure=not left)
+        while self.exploring:
+            self.step(measure=True)
+        return self.latents()
+
+    def noise_scale(self, num_batches: int = 16) -> Tensor:
+        """Tr Cov(gradient of a batch)/|∇U|² here, (chain,), float64; infinite where ∇U cannot be told from zero.
+
+        Batches are drawn from a generator of its own, so that the chains go on as if nothing had been asked.
+
+        References:
+            McCandlish, Kaplan, Amodei and the OpenAI Dota team (2018), An empirical model of large-batch training,
+            eq. 2.9 and A.2.
+        """
+        stream, layout = BatchStream(self.data, self.rule.batch_size, self._seed + 1), self.potential.layout
+        mean, squares = torch.zeros_like(self._gradient), torch.zeros(self.num_chains, dtype=torch.float64)
+        for _ in range(num_batches):
+            batch, found = next(stream), torch.empty_like(mean)
+            self.potential.gradient(self.state[POSITION], batch, found, self.state.get(PRECISION))
+            self._control(batch, found)
+            mean.add_(found, alpha=1 / num_batches)
+            squares = squares.to(found.device) + layout.dot(found, found)
+        length = layout.dot(mean, mean)
+        variance = (squares - num_batches * length).clamp(min=0) / (num_batches - 1)
+        return variance / (length - variance / num_batches).clamp(min=0)
+
     def latents(self) -> Latents:
         """The chains in the sites' supports, (chain, *site).
 

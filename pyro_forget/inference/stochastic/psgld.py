@@ -20,7 +20,8 @@ class PSGLD:
     Γᵢ = ∂Gᵢᵢ/∂θᵢ = −(1 − decay)·Gᵢᵢ²·∇Uᵢ·(∇²U)ᵢᵢ/√Vᵢ, V's past held fixed. The diagonal of ∇²U is estimated without
     bias by one Hessian product with random signs; Γ is linear in it, so the drift is unbiased too. Without the
     correction the stationary law is wrong by O(1 − decay), which the published sampler accepts. V starts at the first
-    gradient's square, not at zero, where the first steps would be ten times too long.
+    gradient's square or at 1, whichever is more, not at zero: the first steps would be ten times too long, and without
+    bound from a mode.
 
     Attributes:
         step_size: ε, or a schedule; in units of a gradient's root mean square over a squared gradient.
@@ -72,6 +73,8 @@ class PSGLD:
         position, square, gradient = state[POSITION], state[_SQUARE], move.gradient
         square.mul_(self.decay if move.number else 0.0)
         square.addcmul_(gradient, gradient, value=1 - self.decay if move.number else 1.0)
+        if not move.number:
+            square.clamp_(min=1.0)
         root = square.sqrt()
         scale = (root + self.floor).reciprocal_()
         if self.correction and move.diagonal is not None:

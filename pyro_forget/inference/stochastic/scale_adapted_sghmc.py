@@ -121,7 +121,8 @@ class ScaleAdaptedSGHMC:
         if first:
             window.fill_(_MIN_WINDOW)
             mean.copy_(gradient)
-            square.copy_(gradient).square_()
+            # The published start where the first gradient is less, as it is at a mode.
+            square.copy_(gradient).square_().clamp_(min=1.0)
             return
         window.add_(1).addcdiv_(window * mean.square(), square + torch.finfo(square.dtype).tiny, value=-1)
         window.clamp_(min=_MIN_WINDOW)

@@ -96,8 +96,10 @@ class Cyclic:
         _positive(self.initial, "initial")
         if self.period < 2:
             raise ValueError(f"`period` must be at least 2 steps, got {self.period}.")
-        if not 0 <= self.exploration < 1:
-            raise ValueError(f"`exploration` must be at least 0 and below 1, got {self.exploration}.")
+        if not 0 <= self.exploration <= 1 - 1 / self.period:
+            raise ValueError(
+                f"`exploration` must be at least 0 and leave one of {self.period} steps, got {self.exploration}."
+            )
 
     def step_size(self, step: int) -> float:
         """Of this step."""

@@ -1,0 +1,359 @@
+"""Sampling to disk: what is written is there, whatever happens, and a stopped run goes on as if it had not been."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_forget import SampledPosterior
+from pyro_forget.data import Data
+from pyro_forget.inference.stochastic import (
+    SGHMC,
+    SGLD,
+    SGNHT,
+    Cyclic,
+    Diverged,
+    FixedMode,
+    Sampling,
+    ScaleAdaptedSGHMC,
+    sample_posterior,
+)
+from pyro_forget.inference.stochastic import archive as archives
+from pyro_forget.inference.stochastic import sample as samples
+from pyro_forget.inference.stochastic.chains import Chains
+from tests.stochastic import chains_of, correlated, hamiltonian_covariance, linear_model
+
+ROOT = Path(__file__).parent.parent
+RULES = {
+    "sgld": SGLD(1e-4, batch_size=8),
+    "scale-adapted sghmc": ScaleAdaptedSGHMC(1e-2, batch_size=8, hyperprior=(10.0, 10.0)),
+    "cyclic": SGNHT(Cyclic(1e-4, 20, 0.5), batch_size=8),
+    "anchored": SGHMC(1e-4, batch_size=8, control=FixedMode({"w": torch.tensor([1.0, -2.0, 0.0])})),
+}
+SETTINGS = {"num_chains": 2, "num_samples": 23, "warmup": 11, "thin": 3, "seed": 5, "progress": False}
+
+
+def rows() -> Data:
+    target = correlated()
+    return Data(target.x, target.y)
+
+
+def sampled(store: Path, rule=RULES["sgld"], model=linear_model, **changed) -> Sampling:
+    return sample_posterior(model, rule, rows(), store=store, **{**SETTINGS, **changed})
+
+
+def draws_of(sampling: Sampling) -> dict[str, np.ndarray]:
+    tree = sampling.tree
+    found = {name: np.asarray(tree["posterior"][name]) for name in tree["posterior"].data_vars}
+    return found | {name: np.asarray(tree["sample_stats"][name]) for name in tree["sample_stats"].data_vars}
+
+
+def assert_same_draws(left: Sampling, right: Sampling) -> None:
+    first, second = draws_of(left), draws_of(right)
+    assert set(first) == set(second)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped_after(monkeypatch: pytest.MonkeyPatch, steps: int, error: type[BaseException]) -> None:
+    """The next chains stop with `error` in the middle of a step."""
+    step, left = Chains.step, iter(range(steps))
+
+    def stopping(self, measure=False):
+        if next(left, None) is None:
+            self.state["position"].mul_(3.0)
+            raise error
+        step(self, measure)
+
+    monkeypatch.setattr(Chains, "step", stopping)
+
+
+@pytest.mark.parametrize("block", [1, 4, 256])
+@pytest.mark.parametrize("name", RULES)
+def test_a_stopped_run_goes_on_bit_for_bit(name, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_MAX_BLOCK", block)
+    whole = sampled(tmp_path / "whole", RULES[name])
+    assert whole.num_draws == 23
+    for stop in (5, 26, 47):
+        with monkeypatch.context() as patch:
+            patch.setattr(samples, "_SECONDS", 0.0 if stop == 47 else 10.0)
+            stopped_after(patch, stop, KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                sampled(tmp_path / "part", RULES[name], resume=True)
+    part = sampled(tmp_path / "part", RULES[name], resume=True)
+    assert_same_draws(whole, part)
+    assert whole.diagnostics == part.diagnostics
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    sampled(tmp_path / "short", num_samples=9)
+    longer = sampled(tmp_path / "short", resume=True)
+    assert_same_draws(longer, sampled(tmp_path / "whole"))
+    assert longer.tree["posterior"].sizes["draw"] == 23 and longer.diagnostics.num_draws == 23
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    first = sampled(tmp_path / "store")
+    before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("w/c/*") if path.is_file()}
+    again = sampled(tmp_path / "store", resume=True)
+    assert_same_draws(first, again)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+CHILD = """
+import sys, torch
+torch.set_default_dtype(torch.float64)
+from tests.test_stochastic_store import rows, linear_model, SETTINGS, RULES
+from pyro_forget.inference.stochastic import archive, sample, sample_posterior
+archive._MAX_BLOCK = 4
+commit = archive.Archive.commit
+def told(self, first, blocks, count, tensors, header):
+    commit(self, first, blocks, count, tensors, header)
+    print(count, flush=True)
+archive.Archive.commit = told
+settings = {**SETTINGS, "num_samples": 4000, "resume": True}
+sample_posterior(linear_model, RULES["sgld"], rows(), store=sys.argv[1], **settings)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_lose_and_double_nothing(tmp_path):
+    """SIGKILL at random moments: every draw that was reported is there at once, and the end is that of a whole run."""
+    whole, chance = sampled(tmp_path / "whole", num_samples=4000), random.Random(0)
+    for _ in range(10):
+        reported = killed(tmp_path / "part", after=chance.randint(1, 60), delay=chance.random() * 0.01)
+        there = Sampling.open(tmp_path / "part")
+        assert there.num_draws >= reported
+        found, expected = draws_of(there), draws_of(whole)
+        for name, value in found.items():
+            np.testing.assert_array_equal(value, expected[name][:, : there.num_draws], err_msg=name)
+    assert_same_draws(sampled(tmp_path / "part", num_samples=4000, resume=True), whole)
+
+
+def killed(store: Path, after: int, delay: float) -> int:
+    """Run in a process of its own, kill it some time after so many reports; the last number it reported."""
+    command, environment = [sys.executable, "-c", CHILD, str(store)], {**os.environ, "PYTHONPATH": "."}
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env=environment)
+    last = 0
+    for _ in range(after):
+        line = child.stdout.readline()
+        last = int(line) if line.strip() else last
+    try:
+        child.wait(delay)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGKILL)
+    rest = child.communicate()[0].split()
+    # A line that the kill cut short is no report.
+    return max([last, *map(int, rest[:-1])])
+
+
+def test_a_full_disk_leaves_the_store_readable(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_MAX_BLOCK", 4)
+    commits = iter(range(10))
+    save = archives.save_tensors
+
+    def full(path, tensors, header):
+        if next(commits) == 3:
+            Path(path).with_name(".half.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(path, tensors, header)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, "save_tensors", full)
+        with pytest.raises(OSError, match=r"No space left.*The first 12 of each chain are safe.*resume=True") as caught:
+            sampled(tmp_path / "part")
+    assert caught.value.errno == errno.ENOSPC
+    assert Sampling.open(tmp_path / "part").num_draws == 12
+    assert np.isfinite(draws_of(Sampling.open(tmp_path / "part"))["w"]).all()
+    assert_same_draws(sampled(tmp_path / "part", resume=True), sampled(tmp_path / "whole"))
+
+
+def test_a_full_disk_while_draws_are_written(tmp_path, monkeypatch):
+    import zarr.storage._local as local
+
+    monkeypatch.setattr(archives, "_MAX_BLOCK", 4)
+    put, writes = local._put, []
+
+    def full(path, value, exclusive=False):
+        writes.append(path)
+        if "posterior" in str(path) and str(path).endswith("/2/0"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return put(path, value, exclusive)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "_put", full)
+        with pytest.raises(OSError, match=r"The first 8 of each chain are safe"):
+            sampled(tmp_path / "part")
+    assert Sampling.open(tmp_path / "part").num_draws == 8
+    assert_same_draws(sampled(tmp_path / "part", resume=True), sampled(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"thin": 4}, r"thin is 3 there, 4 here"),
+        ({"seed": 6, "warmup": 3}, r"warmup is 11 there, 3 here; seed is 5 there, 6 here"),
+        ({"rule": SGLD(2e-4, batch_size=8)}, r"kernel is .*0\.0001.* there, .*0\.0002.* here"),
+        ({"rule": SGHMC(1e-4, batch_size=8)}, r"kernel is .*'SGLD'.* there, .*'SGHMC'.* here"),
+        ({"num_samples": 22}, r"num_samples is 23 there, 22 here"),
+        ({"start": {"w": torch.zeros(3)}}, r"start is"),
+    ],
+)
+def test_a_store_of_another_run_is_refused(changed, said, tmp_path):
+    sampled(tmp_path / "store")
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=rf"holds another run: {said}.*Choose another `store`"):
+            sampled(tmp_path / "store", resume=resume, **changed)
+
+
+def test_a_store_of_this_run_wants_leave_to_go_on(tmp_path):
+    sampled(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"holds 23 draws of this very run: `resume=True` goes on"):
+        sampled(tmp_path / "store")
+
+
+def test_other_data_are_another_run(tmp_path):
+    sampled(tmp_path / "store")
+    data = rows().split(range(39))[0]
+    with pytest.raises(ValueError, match=r"num_data is 40 there, 39 here; ids"):
+        sample_posterior(linear_model, RULES["sgld"], data, store=tmp_path / "store", **SETTINGS)
+    target = correlated()
+    with pytest.raises(ValueError, match=r"holds another run: start is"):
+        other = Data(target.x, target.y + 1)
+        sample_posterior(linear_model, RULES["sgld"], other, store=tmp_path / "store", **SETTINGS)
+
+
+def test_the_tree_is_what_arviz_knows(tmp_path):
+    sampling = sampled(tmp_path / "store", SGHMC(1e-4, batch_size=8))
+    tree = sampling.tree
+    assert dict(tree["posterior"].sizes) == {"chain": 2, "draw": 23, "w_dim_0": 3}
+    assert tree["posterior"]["w"].variable._in_memory is False
+    expected = {"energy", "step_size", "kinetic_temperature", "configurational_temperature", "gradient_norm"}
+    assert set(tree["sample_stats"].data_vars) == expected
+    assert np.asarray(tree["constant_data"]["row_id"]).tolist() == list(range(40))
+    assert tree["posterior"]["chain"].values.tolist() == [0, 1]
+    assert np.isfinite(tree["sample_stats"]["energy"]).all()
+
+
+def test_the_draws_become_a_posterior(tmp_path):
+    sampling = sampled(tmp_path / "store")
+    posterior = sampling.posterior(linear_model, rows())
+    assert isinstance(posterior, SampledPosterior) and posterior.shape == (2, 23)
+    np.testing.assert_array_equal(posterior.latents["w"].numpy(), draws_of(sampling)["w"])
+    few = sampling.posterior(linear_model, rows(), num_draws=5)
+    assert few.shape == (2, 5)
+    with pytest.raises(ValueError, match=r"has 23 draws of each chain, 24 are asked for"):
+        sampling.posterior(linear_model, rows(), num_draws=24)
+    with pytest.raises(ValueError, match="other ids"):
+        sampling.posterior(linear_model, rows().split(range(39))[0])
+
+
+def scoped_model(x: Tensor, y: Tensor) -> None:
+    scale = pyro.sample("net/scale", dist.HalfNormal(1.0))
+    w = pyro.sample("net/w", dist.Normal(torch.zeros(3), scale).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 0.8), obs=y)
+
+
+def test_constrained_sites_with_slashes(tmp_path):
+    sampling = sampled(tmp_path / "store", SGLD(1e-5, batch_size=8), scoped_model)
+    assert (draws_of(sampling)["net.scale"] > 0).all()
+    assert sampling.posterior(scoped_model, rows()).shape == (2, 23)
+
+
+def test_diagnostics_of_a_good_run(tmp_path):
+    rule, start = SGHMC(2e-3, 0.3, batch_size=None), {"w": correlated().mean}
+    sampling = sampled(tmp_path / "store", rule, num_samples=300, thin=10, warmup=100, num_chains=4, start=start)
+    found = sampling.diagnostics
+    assert found.num_draws == 300 and found.num_monitored == 3
+    assert found.rhat < 1.05 and 100 < found.ess_bulk <= 2000 and found.ess_tail > 100
+    exact = hamiltonian_covariance(correlated(), 2e-3, 0.3).diagonal()[3:].mean() / 2e-3
+    assert abs(found.kinetic_temperature - float(exact)) < 0.1
+    assert abs(found.configurational_temperature - 1) < 0.5
+    assert found.gradient_noise_scale == pytest.approx(0.0, abs=1e-9)
+    assert all("R-hat is 1.0" in warning for warning in found.warnings)
+    assert sampling.tree.attrs["creation_library"] == "pyro_forget"
+
+
+def test_too_few_draws_for_r_hat(tmp_path):
+    found = sampled(tmp_path / "store", num_samples=3).diagnostics
+    assert (found.rhat, found.ess_bulk, found.num_monitored) == (None, None, 0)
+    assert found.warnings == ("R-hat and ESS need at least 4 draws of each chain, got 3: raise `num_samples`.",)
+
+
+def test_one_chain_has_no_r_hat(tmp_path):
+    found = sampled(tmp_path / "store", num_chains=1).diagnostics
+    assert "at least 2 chains, got 1" in found.warnings[0] and found.rhat is None and found.ess_bulk > 0
+
+
+def test_chains_that_do_not_mix_are_said_not_to(tmp_path):
+    found = sampled(tmp_path / "store", SGLD(1e-7, batch_size=8)).diagnostics
+    assert found.rhat > 1.5 and "the chains have not mixed" in found.warnings[0]
+
+
+def test_the_noise_scale_is_that_of_all_batches():
+    """tr Cov/|∇U|² of batches without replacement, from the rows' own gradients."""
+    data = rows()
+    chains = chains_of(SGLD(1e-4, batch_size=8), data, start={"w": torch.tensor([3.0, 0.0, 1.0])})
+    position = chains.state["position"]
+    each = [
+        chains.potential.likelihood_gradient(position, next(data.split([row])[0].batches()), 40.0, torch.empty(3))
+        for row in range(40)
+    ]
+    variance = torch.stack(each).var(0, correction=1).sum() / 8 * (1 - 8 / 40)
+    full = chains.potential.gradient(position, next(data.batches()), torch.empty(3))[1]
+    found = chains.noise_scale(2000)
+    assert abs(float(found) / float(variance / full.square().sum()) - 1) < 0.15
+    assert torch.equal(chains.state["position"], position)
+
+
+def test_a_chain_that_runs_away_leaves_its_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_MAX_BLOCK", 2)
+    rule = SGLD(2.5 / float(torch.linalg.eigvalsh(correlated().precision)[-1]), batch_size=None)
+    with pytest.raises(Diverged, match=r"step \d+"):
+        sampled(tmp_path / "store", rule, num_samples=4000)
+    there = Sampling.open(tmp_path / "store")
+    assert there.num_draws > 0 and np.isfinite(draws_of(there)["w"]).all() and there.diagnostics is None
+
+
+def test_memory_does_not_grow_with_the_draws(tmp_path):
+    """Python's own and NumPy's arrays; torch's are in the chains, whose number does not change."""
+    peaks = []
+    for num_samples in (300, 900):
+        tracemalloc.start()
+        sampled(tmp_path / str(num_samples), num_samples=num_samples, thin=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.25 * peaks[0] + 200_000
+
+
+@pytest.mark.parametrize("name", ["num_samples", "num_chains", "thin", "warmup"])
+def test_counts_are_checked(name, tmp_path):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least"):
+        sampled(tmp_path / "store", **{name: -1})
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_batch_larger_than_the_plate_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`batch_size` is 128, the data have 40 rows"):
+        sampled(tmp_path / "store", SGLD(1e-4))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no sampling run"):
+        Sampling.open(tmp_path)
