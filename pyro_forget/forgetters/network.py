@@ -21,13 +21,14 @@ from pyro_forget.energy import (
 from pyro_forget.energy.points import DrawPoints, GuidePoints, LocationPoints, Points
 from pyro_forget.energy.variational import guide_part, model_part
 from pyro_forget.gaussian import Gaussian
-from pyro_forget.inference.last_layer import LastLayer, find_last_layer
+from pyro_forget.inference.last_layer import LastLayer, find_last_layer, some_rows
 from pyro_forget.inference.pairing import Problem, Verdict, share_gradient
 from pyro_forget.outcome import Edit, Evidence
 from pyro_forget.params import Params, all_finite, norm, scale, subtract
 from pyro_forget.posterior import Posterior, SampledPosterior, VariationalPosterior
 
 POOL = 2000
+_MANY_LATENTS = 1000  # below, curvature products cost nothing and `Influence` refines what they miss
 _MOST_FROM_SCALES = 0.75  # of a coordinate's precision, what the erased data may take away at once
 _NUMBERS_AT_ONCE = 2_000_000  # of draws that move together: memory is bounded whatever their number
 
@@ -94,7 +95,7 @@ class Network:
 
     def last_layer(self, data: Data) -> LastLayer | None:
         """The output layer of the first point, and of all."""
-        return find_last_layer(self.points, {name: value[0] for name, value in self.origin.items()}, data)
+        return find_last_layer(self.points, {name: value[0] for name, value in self.origin.items()}, some_rows(data))
 
     def moved(self, params: Params, retained: Data, evidence: Evidence) -> Edit:
         """The posterior at other points."""
@@ -129,6 +130,26 @@ def verdict_of(verdicts: list[tuple[int, Verdict]]) -> Verdict:
     )
 
 
+def is_network(posterior: Posterior) -> bool:
+    """Whether there are many latents and the likelihood's output is not affine in all of them.
+
+    Looked at on made-up rows: no data are needed.
+    """
+    if not isinstance(posterior, (VariationalPosterior, SampledPosterior)):
+        return False
+    points, point = _points(posterior)
+    if sum(value.numel() for value in point.values()) < _MANY_LATENTS:
+        return False
+    if isinstance(posterior, VariationalPosterior) and posterior.energy.whole.guide.num_normals is None:
+        return False
+    template = points.energy.program.template
+    try:
+        layer = find_last_layer(points, point, template)
+    except ValueError:  # several data sites, or another family
+        return False
+    return layer is None or bool(layer.others)
+
+
 def _maker(posterior: Posterior) -> Callable[[Posterior, Data, int], Network]:
     if isinstance(posterior, SampledPosterior):
         return _of_draws
@@ -144,7 +165,7 @@ def _maker(posterior: Posterior) -> Callable[[Posterior, Data, int], Network]:
     return _of_guide
 
 
-def _points(posterior: Posterior) -> tuple[Points, Params]:
+def _points(posterior: Posterior) -> tuple[GuidePoints | DrawPoints, Params]:
     """The points of a posterior as it came, and the first of them."""
     if isinstance(posterior.energy, SampledEnergy):
         return DrawPoints(posterior.energy), {name: value[0, 0] for name, value in posterior.params.items()}

@@ -67,12 +67,11 @@ class Features:
     natural: Natural
 
 
-def find_last_layer(points: Points, point: Params, data: Data, seed: int = 0) -> LastLayer | None:
+def find_last_layer(points: Points, point: Params, batch: Batch, seed: int = 0) -> LastLayer | None:
     """Probe which names the output is jointly affine in, from the last to the first; None where there is none.
 
     Names that move a Normal's scale are left out: its energy is not convex in them.
     """
-    batch = _some_rows(data)
     noise = points.noise(batch, seed)
     generator = torch.Generator().manual_seed(seed)
     chosen: list[str] = []
@@ -237,6 +236,7 @@ def _owner(strength: Tensor) -> Tensor:
     return torch.where(known, owner, torch.full_like(owner, _SHARED))
 
 
-def _some_rows(data: Data) -> Batch:
+def some_rows(data: Data) -> Batch:
+    """A few rows from all over the data, to probe with."""
     chosen = torch.linspace(0, data.num_data - 1, min(data.num_data, PROBED_ROWS)).round().long()
     return next(data.split(data.ids[chosen])[0].with_batch_size(PROBED_ROWS).batches())
