@@ -27,7 +27,16 @@ _WEIGHTS = "weights of the guide"  # no name of a site has blanks
 
 
 class Points(Protocol):
-    """How to run the model at a point; a point is params without a leading dim."""
+    """How to run the model at a point; a point is params without a leading dim.
+
+    Attributes:
+        shares_noise: whether all rows of a batch see one draw of noise, so that an expectation wants several batches.
+    """
+
+    @property
+    def shares_noise(self) -> bool:
+        """As above."""
+        ...
 
     def noise(self, batch: Batch, seed: int) -> Noise:
         """One draw of standard normal noise for a batch, empty where the energy has none."""
@@ -53,6 +62,11 @@ class LocationPoints:
 
     energy: GaussianEnergy
     scale: Params | Tensor
+
+    @property
+    def shares_noise(self) -> bool:
+        """Weights that are drawn whole are the same for all rows."""
+        return bool(self.energy.drawn_sites)
 
     def noise(self, batch: Batch, seed: int) -> Noise:
         """Of the auxiliary sites for each row, and of the weights that are drawn whole."""
@@ -123,6 +137,11 @@ class GuidePoints:
 
     energy: GuideEnergy
 
+    @property
+    def shares_noise(self) -> bool:
+        """A point mass has none."""
+        return bool(self.energy.guide.num_normals)
+
     def noise(self, batch: Batch, seed: int) -> Noise:
         """Of one draw of the guide."""
         like = next(iter(self.energy.guide.guide.params.values()))
@@ -150,6 +169,11 @@ class DrawPoints:
     """Unconstrained draws, one a point."""
 
     energy: SampledEnergy
+
+    @property
+    def shares_noise(self) -> bool:
+        """There is none."""
+        return False
 
     def noise(self, batch: Batch, seed: int) -> Noise:
         """None: draws are all the noise there is."""

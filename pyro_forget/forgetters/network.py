@@ -22,12 +22,11 @@ from pyro_forget.energy.points import DrawPoints, GuidePoints, LocationPoints, P
 from pyro_forget.energy.variational import guide_part, model_part
 from pyro_forget.gaussian import Gaussian
 from pyro_forget.inference.last_layer import LastLayer, find_last_layer, some_rows
-from pyro_forget.inference.pairing import Problem, Verdict, share_gradient
+from pyro_forget.inference.pairing import SHARED_DRAWS, Problem, Verdict, share_gradient
 from pyro_forget.outcome import Edit, Evidence
 from pyro_forget.params import Params, all_finite, norm, scale, subtract
 from pyro_forget.posterior import Posterior, SampledPosterior, VariationalPosterior
 
-POOL = 2000
 _MANY_LATENTS = 1000  # below, curvature products cost nothing and `Influence` refines what they miss
 _MOST_FROM_SCALES = 0.75  # of a coordinate's precision, what the erased data may take away at once
 _NUMBERS_AT_ONCE = 2_000_000  # of draws that move together: memory is bounded whatever their number
@@ -109,18 +108,6 @@ class Network:
         return Edit(self.posterior.edited(own, retained.ids), evidence)
 
 
-def draw_pool(problem: Problem, size: int | None, seed: int) -> Batch:
-    """Rows for the output layer.
-
-    Raises:
-        ValueError: more are asked for than there are.
-    """
-    if size is not None and size > problem.num_data:
-        raise ValueError(f"`pool` is {size}, the retained data have {problem.num_data} rows: ask for fewer.")
-    generator = torch.Generator().manual_seed(seed)
-    return next(problem.rows.minibatches(size or POOL, generator))
-
-
 def verdict_of(verdicts: list[tuple[int, Verdict]]) -> Verdict:
     """The mean over all points from the means over groups."""
     total = sum(count for count, _ in verdicts)
@@ -140,11 +127,10 @@ def is_network(posterior: Posterior) -> bool:
     points, point = _points(posterior)
     if sum(value.numel() for value in point.values()) < _MANY_LATENTS:
         return False
-    if isinstance(posterior, VariationalPosterior) and posterior.energy.whole.guide.num_normals is None:
+    if isinstance(points, GuidePoints) and points.energy.guide.num_normals is None:
         return False
-    template = points.energy.program.template
     try:
-        layer = find_last_layer(points, point, template)
+        layer = find_last_layer(points, point, points.energy.program.template)
     except ValueError:  # several data sites, or another family
         return False
     return layer is None or bool(layer.others)
@@ -165,13 +151,17 @@ def _maker(posterior: Posterior) -> Callable[[Posterior, Data, int], Network]:
     return _of_guide
 
 
-def _points(posterior: Posterior) -> tuple[GuidePoints | DrawPoints, Params]:
+def _points(posterior: Posterior) -> tuple[LocationPoints | GuidePoints | DrawPoints, Params]:
     """The points of a posterior as it came, and the first of them."""
     if isinstance(posterior.energy, SampledEnergy):
         return DrawPoints(posterior.energy), {name: value[0, 0] for name, value in posterior.params.items()}
     if not isinstance(posterior.energy, VariationalEnergy):
         raise ValueError(f"A {type(posterior).__name__} has no model whose output could be read: use `Influence`.")
-    return GuidePoints(posterior.energy.whole), posterior.params
+    energy = posterior.energy
+    if energy.gaussian is not None and not model_part(posterior.params):
+        gaussian = energy.read(posterior.params).detach()
+        return LocationPoints(energy.gaussian, gaussian.scale), gaussian.loc
+    return GuidePoints(energy.whole), posterior.params
 
 
 def _of_locations(posterior: Posterior, erased: Data, seed: int) -> Network:
@@ -181,7 +171,8 @@ def _of_locations(posterior: Posterior, erased: Data, seed: int) -> Network:
         raise ValueError("This guide is not a Gaussian.")
     inner, view, own = energy.gaussian, energy.gaussian.view, guide_part(posterior.params)
     gaussian = view.read(own).detach()
-    coordinates, sampled = coordinates_of(gaussian), CoordinateEnergy(inner).with_noise(2 * seed + 1, 1)
+    pairs = SHARED_DRAWS if inner.drawn_sites else 1
+    coordinates, sampled = coordinates_of(gaussian), CoordinateEnergy(inner).with_noise(2 * seed + 1, pairs)
     slopes = erased.reduce(lambda b: share_and_gradient(sampled, coordinates, b)[1], start=scale(coordinates, 0.0))
     narrow = scale_part(slopes)
     widths = gaussian.scale
@@ -201,7 +192,8 @@ def _of_guide(posterior: Posterior, erased: Data, seed: int) -> Network:
     """All parameters of any other guide, learned ones of the model included."""
     points, first = _points(posterior)
     origin = {name: value.detach()[None] for name, value in first.items()}
-    force = share_gradient(points, origin, erased, seed)
+    size = -(-erased.num_data // SHARED_DRAWS) if points.shares_noise else erased.batch_size
+    force = share_gradient(points, origin, erased.with_batch_size(size), seed)
     return Network(posterior, points, origin, force, lambda params: {name: v[0] for name, v in params.items()})
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from pyro_forget.data import Data
-from pyro_forget.forgetters.network import Network, draw_pool, verdict_of
+from pyro_forget.forgetters.network import Network, verdict_of
 from pyro_forget.inference.last_layer import NoLastLayer
-from pyro_forget.inference.output_layer import solve_output_layer
+from pyro_forget.inference.output_layer import draw_pool, solve_output_layer
 from pyro_forget.inference.pairing import Verdict, judge
 from pyro_forget.outcome import Edit, Evidence
 from pyro_forget.params import Params

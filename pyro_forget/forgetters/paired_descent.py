@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from pyro_forget.data import Data
-from pyro_forget.forgetters.network import Network, draw_pool, verdict_of
+from pyro_forget.forgetters.network import Network, verdict_of
 from pyro_forget.inference.last_layer import LastLayer, NoLastLayer
-from pyro_forget.inference.output_layer import Solved, solve_output_layer
+from pyro_forget.inference.output_layer import Solved, draw_pool, solve_output_layer
 from pyro_forget.inference.paired import Paired, PairedSteps
 from pyro_forget.inference.pairing import Problem, Verdict, judge
 from pyro_forget.outcome import Edit, Evidence

@@ -1,6 +1,6 @@
 """The last layer of a network: the parameters that its output is affine in while the others stand still."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,20 @@ def find_last_layer(points: Points, point: Params, batch: Batch, seed: int = 0) 
     kind = natural_at(points, point, batch, noise).kind
     units, num_units = _units(points, point, names, batch, noise, kind == "Categorical")
     return LastLayer(units, tuple(reversed(others)), num_units, kind)
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """The rows of all parts."""
+    naturals = [part.natural for part in parts]
+    scales = [natural.log_scale for natural in naturals if natural.log_scale is not None]
+    natural = Natural(
+        naturals[0].kind,
+        torch.cat([natural.output for natural in naturals]),
+        torch.cat([natural.target for natural in naturals]),
+        torch.cat(scales) if scales else None,
+        torch.cat([natural.weight for natural in naturals]),
+    )
+    return Features(torch.cat([part.phi for part in parts]), natural)
 
 
 def features(points: Points, point: Params, layer: LastLayer, batch: Batch, seed: int) -> Features:

@@ -1,16 +1,18 @@
 """The output layer alone: a convex problem in the features that a network's body gives a pool of rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from pyro_forget.data import Batch
-from pyro_forget.inference.last_layer import Features, LastLayer, features
-from pyro_forget.inference.pairing import Beta, Problem
+from pyro_forget.inference.last_layer import Features, LastLayer, features, joined
+from pyro_forget.inference.pairing import SHARED_DRAWS, Beta, Problem
 from pyro_forget.params import Params
 
+POOL = 2000
 PROXIMAL = 0.05  # keeps a pool of few rows from being fitted to itself, in units of its own curvature
 _ROUNDS = 2  # of solving and measuring β
 _FLOOR = 1e-6  # of a curvature, relative to the largest
@@ -142,8 +144,22 @@ class Solved:
     beta: Beta
 
 
+def draw_pool(problem: Problem, size: int | None, seed: int) -> list[Batch]:
+    """Rows for the output layer, in as many batches as draws of noise are wanted.
+
+    Raises:
+        ValueError: more are asked for than there are.
+    """
+    if size is not None and size > problem.num_data:
+        raise ValueError(f"`pool` is {size}, the retained data have {problem.num_data} rows: ask for fewer.")
+    generator = torch.Generator().manual_seed(seed)
+    whole = min(size or POOL, problem.rows.num_data)
+    parts = min(SHARED_DRAWS, whole) if problem.points.shares_noise else 1
+    return list(islice(problem.rows.minibatches(whole // parts, generator), parts))
+
+
 def solve_output_layer(
-    problem: Problem, layer: LastLayer, pool: Batch, seed: int, max_steps: int = 20, rtol: float = 3e-2
+    problem: Problem, layer: LastLayer, pool: Sequence[Batch], seed: int, max_steps: int = 20, rtol: float = 3e-2
 ) -> Solved:
     """Minimise the pool's tilted energy over the last layer of every point, the body as it is."""
     order = layer.order()
@@ -151,7 +167,7 @@ def solve_output_layer(
     evaluations, beta = 0, None
     for copy in range(problem.copies):
         point = {name: value[copy] for name, value in problem.origin.items()}
-        seen = features(problem.points, point, layer, pool, seed)
+        seen = joined([features(problem.points, point, layer, b, seed + i) for i, b in enumerate(pool)])
         energy, target = _energy(problem, layer, point, seen, copy)
         step, beta, used = _solved(energy, target, layer, problem.stationary, max_steps, rtol)
         evaluations += used

@@ -14,6 +14,7 @@ from pyro_forget.inference.last_layer import LastLayer
 from pyro_forget.params import Params, add, scale
 
 HELD_OUT = 1000
+SHARED_DRAWS = 8  # where all rows of a batch see one draw: batches that an expectation is spread over
 _HELD_OUT_SHARE = 5  # at most one row in so many
 _DECAY = 0.9
 _SEED_PRIOR, _SEED_SHARE, _SEED_HELD_OUT = 11, 12, 13
@@ -52,6 +53,8 @@ class Problem:
         held_out, rows = retained.split(retained.ids[order[:size]])
         if not rows.num_data:
             rows = held_out
+        if points.shares_noise:
+            held_out = held_out.with_batch_size(-(-size // SHARED_DRAWS))
         tilt = scale(add(force, pull), -1.0)
         return Problem(points, origin, tilt, rows, held_out, retained.num_data, seed, stationary)
 
