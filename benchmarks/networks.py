@@ -5,15 +5,12 @@ under a third noise, which neither the steps nor their acceptance have seen, and
 predictions from those of a retrained network.
 """
 
-import gzip
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from sklearn.datasets import load_digits
@@ -22,6 +19,7 @@ from torch import Tensor
 from benchmarks.clock import timed
 from benchmarks.record import Table, number, write
 from benchmarks.timing import machine, one_thread
+from experiments.images import load_images
 from pyro_forget.data import Data
 from pyro_forget.energy import CoordinateEnergy, coordinates_of
 from pyro_forget.evaluation import predictive_kl
@@ -95,23 +93,15 @@ def digits(seed: int) -> Images:
 
 def fashion(seed: int) -> Images | None:
     """10,000 images of Fashion-MNIST to fit, 2,000 to test; 784-128-10. None where the data are not there."""
-    folder = os.environ.get("PYRO_FORGET_DATA")
-    if folder is None:
+    try:
+        found = load_images("fashion_mnist")
+    except FileNotFoundError:
         return None
-    raw = Path(folder) / "FashionMNIST" / "raw"
-    x, y = (_idx(raw / f"train-{kind}.gz") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:12_000]
-    images, labels = x[order].flatten(1).float() / 255, y[order].long()
+    order = torch.randperm(len(found.y), generator=torch.Generator().manual_seed(seed))[:12_000]
+    images, labels = found.x[order].flatten(1), found.y[order]
     data, test = Data(images[:10_000], labels[:10_000]), Data(images[10_000:], labels[10_000:])
     requests = (("class 0", 500),)
     return Images("Fashion-MNIST 784-128-10", (784, 128, 10), 0.1, data, test, labels[:10_000], requests, 3_120, 2e-3)
-
-
-def _idx(path: Path) -> Tensor:
-    """One file of the idx format: two zero bytes, type, number of dims, the dims as big-endian int32, the values."""
-    content = gzip.decompress(path.read_bytes())
-    shape = np.frombuffer(content, ">i4", content[3], 4)
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape).copy())
 
 
 def records(images: Images, seed: int) -> Iterator[dict[str, Any]]:

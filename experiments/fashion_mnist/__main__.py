@@ -1,0 +1,14 @@
+"""python -m experiments.fashion_mnist --method before,default,published,finetune --num-erased 200,500,942.
+
+The refits that all are compared with: --method retrain --seeds 0,1,2 --num-erased 200,500,942.
+"""
+
+from experiments.fashion_mnist.figures import summarise
+from experiments.fashion_mnist.settings import PRESETS
+from experiments.fashion_mnist.study import run
+from experiments.front import Experiment, command
+
+app = command(Experiment("fashion_mnist", PRESETS, run, summarise))
+
+if __name__ == "__main__":
+    app()

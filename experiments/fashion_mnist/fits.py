@@ -1,0 +1,85 @@
+"""Fits of the network: a mean-field guide by SVI, or draws of SGLD and SGHMC; kept for the cells that share them."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from experiments.fashion_mnist.settings import Settings
+from pyro_forget.data import Data
+from pyro_forget.guides import MeanField, local_reparametrization
+from pyro_forget.inference.fit import fit_guide
+from pyro_forget.inference.stochastic import SGHMC, SGLD, RobbinsMonro, Rule
+from pyro_forget.inference.stochastic.chains import Chains
+from pyro_forget.inference.stochastic.potential import potential_of
+from pyro_forget.posterior import Posterior, SampledPosterior, VariationalPosterior
+from pyro_forget.store import digest
+
+INITIAL_STD = 0.1
+BATCH_SIZE = 128
+OWN = ("method", "num_erased", "scaling", "recursion_steps", "finetune_steps", "data_root", "download")
+
+
+def fitted(settings: Settings, data: Data, seed: int) -> Posterior:
+    """A fit from initial values, batches and noise of this seed."""
+    torch.manual_seed(seed)
+    return _svi(settings, data, seed) if settings.fit == "svi" else _sampled(settings, data, seed)
+
+
+def kept(settings: Settings, data: Data, seed: int, folder: Path) -> Posterior:
+    """The same, read from FOLDER where it was fitted before."""
+    shared = {name: value for name, value in asdict(settings).items() if name not in OWN}
+    path = folder / f"seed{seed}-{digest({'ids': data.ids}, shared)[:12]}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fitted(settings, data, seed).save(path)  # type: ignore[attr-defined]
+    if settings.fit != "svi":
+        return SampledPosterior.load(path, settings.model, data)
+    model = local_reparametrization(settings.model)
+    return VariationalPosterior.load(path, model, MeanField(model), data)
+
+
+def _svi(settings: Settings, data: Data, seed: int) -> VariationalPosterior:
+    pyro.clear_param_store()
+    model = local_reparametrization(settings.model)
+    guide = MeanField(model, init_loc_fn=_start, init_scale=0.5 * settings.prior_std)
+    return fit_guide(
+        model,
+        guide,
+        data,
+        num_steps=settings.num_steps,
+        learning_rate=settings.learning_rate,
+        batch_size=BATCH_SIZE,
+        polish=None,
+        seed=seed,
+        progress=False,
+    ).posterior
+
+
+def _sampled(settings: Settings, data: Data, seed: int) -> SampledPosterior:
+    template = pyro.poutine.trace(settings.model).get_trace(*next(data.batches()).args)
+    sites = [(name, node["value"].shape) for name, node in template.nodes.items() if node["type"] == "sample"]
+    start = {name: INITIAL_STD * torch.randn(shape) for name, shape in sites if name not in ("y", "data")}
+    chains = Chains(potential_of(settings.model, data), _rule(settings, data.num_data), data, seed=seed, start=start)
+    draws: list[dict[str, Tensor]] = []
+    for number in range(settings.num_steps + settings.num_draws * settings.thin):
+        chains.step()
+        if number >= settings.num_steps and (number + 1 - settings.num_steps) % settings.thin == 0:
+            draws.append(chains.latents())
+    stacked = {name: torch.stack([draw[name] for draw in draws], 1) for name in draws[0]}
+    return SampledPosterior(settings.model, stacked, data)
+
+
+def _rule(settings: Settings, num_data: int) -> Rule:
+    schedule = RobbinsMonro(settings.step_size / num_data, settings.decay)
+    if settings.fit == "sgld":
+        return SGLD(schedule, batch_size=BATCH_SIZE)
+    return SGHMC(schedule, friction=settings.friction, batch_size=BATCH_SIZE)
+
+
+def _start(site: dict[str, Any]) -> Tensor:
+    """Means that differ between the units of a layer."""
+    return INITIAL_STD * torch.randn(site["fn"].shape())

@@ -1,0 +1,90 @@
+"""One cell: fit, forget, and keep what the result predicts."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import Predictive
+from torch import Tensor
+
+from experiments.fashion_mnist.fits import fitted, kept
+from experiments.fashion_mnist.settings import Settings, Task
+from pyro_forget.data import Data
+from pyro_forget.evaluation import error_rate, mean_log_probs, threshold_attack, true_class_probability
+from pyro_forget.forgetters import Finetune, Influence, Transport
+from pyro_forget.forgetting import forget
+from pyro_forget.inference.recursion import Recursion
+from pyro_forget.outcome import Forgetter
+from pyro_forget.posterior import Posterior
+from pyro_forget.store import save_tensors
+
+NUM_DRAWS = 50
+NUM_RETAINED = 2_000  # of the retained images, those that are looked at
+
+
+def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, Any]:
+    """Fit a Bayesian network to images, make it forget some of one class, and keep its predictions."""
+    task = settings.task(0)
+    erased, retained = task.data.split(task.erased)
+    said: dict[str, Any] = {}
+    begun = time.perf_counter()
+    if settings.method == "retrain":
+        posterior = fitted(settings, retained, 1_000 + seed)
+        said["seconds"] = time.perf_counter() - begun
+    else:
+        posterior = kept(settings, task.data, seed, folder.parents[1] / "fits")
+        if settings.method != "before":
+            posterior, said = _forgotten(settings, posterior, erased, retained, seed)
+    predictions = _predictions(posterior, task)
+    save_tensors(folder / "predictions.safetensors", {name: value for name, (value, _) in predictions.items()}, {})
+    errors = {f"error_{name}": float(error_rate(value[None], labels)) for name, (value, labels) in predictions.items()}
+    return said | errors | {"attack": _attack(predictions)}
+
+
+def _forgotten(
+    settings: Settings, posterior: Posterior, erased: Data, retained: Data, seed: int
+) -> tuple[Posterior, dict[str, Any]]:
+    after, report = forget(posterior, erased, retained, _forgetter(settings, seed), throw=False)
+    found = report.evidence
+    said = {"method": found.method, "refused": report.refused, "warnings": list(found.warnings)}
+    return after, {"seconds": report.seconds, "num_products": found.num_products, **said}
+
+
+def _forgetter(settings: Settings, seed: int) -> Forgetter | None:
+    if settings.method == "default":
+        return None
+    if settings.method == "finetune":
+        return Finetune(
+            num_steps=settings.finetune_steps,
+            learning_rate=1e-3,
+            batch_size=128,
+            num_moves=1,
+            seed=seed,
+            progress=False,
+        )
+    recursion = Recursion(settings.scaling, settings.recursion_steps, seed=seed)
+    return Influence(recursion=recursion) if settings.fit == "svi" else Transport.published(recursion)
+
+
+def _predictions(posterior: Posterior, task: Task) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean predictions and labels of the erased, of some retained, and of the test images."""
+    images, looked_at = task.images, task.retained[:NUM_RETAINED]
+    parts = {
+        "erased": (images.x[task.erased], images.y[task.erased]),
+        "retained": (images.x[looked_at], images.y[looked_at]),
+        "test": (images.x_test, images.y_test),
+    }
+    predictive = Predictive(posterior.model, posterior.draws(NUM_DRAWS), return_sites=("_RETURN",))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        return {
+            name: (mean_log_probs(predictive(x)["_RETURN"].log_softmax(-1)), labels)
+            for name, (x, labels) in parts.items()
+        }
+
+
+def _attack(predictions: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """A threshold on the confidence in the true class, fitted on retained against test images."""
+    confidence = {name: true_class_probability(value[None], labels) for name, (value, labels) in predictions.items()}
+    found = threshold_attack(confidence["erased"], confidence["retained"], confidence["test"])
+    return {"accuracy": found.accuracy, "erased_as_strangers": found.erased_as_strangers}

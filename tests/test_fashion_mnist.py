@@ -1,0 +1,113 @@
+"""The study of images on a made-up data set: cells, what they leave, and how methods are compared."""
+
+import gzip
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.fashion_mnist.figures import Cell, compared, summarise, table
+from experiments.fashion_mnist.settings import Settings
+from experiments.fashion_mnist.study import run
+from experiments.images import load_images
+from pyro_forget.store import save_json
+
+SMALL = Settings(num_train=300, num_test=50, num_steps=60, num_erased=10, finetune_steps=10, recursion_steps=4)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+    path.write_bytes(gzip.compress(header + values.tobytes()))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images whose class shows in one bright row."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 400), ("t10k", 60)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = generator.integers(0, 120, (count, 28, 28), dtype=np.uint8)
+        images[np.arange(count), 2 * labels + 3] = 255
+        write_idx(raw / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte.gz", labels)
+    return folder
+
+
+def cell(settings: Settings, seed: int, out: Path) -> Path:
+    """Run a cell as the front end does."""
+    folder = out / "fashion_mnist" / settings.data / settings.fit / settings.method / f"small-seed{seed}"
+    folder.mkdir(parents=True)
+    about = {"experiment": "fashion_mnist", "seed": seed, "settings": settings.__dict__}
+    save_json(folder / "settings.json", about)
+    save_json(folder / "result.json", run(settings, seed, "cpu", folder))
+    return folder
+
+
+def test_images_are_read_as_they_lie(root: Path) -> None:
+    images = load_images("fashion_mnist", root)
+    assert images.x.shape == (400, 1, 28, 28)
+    assert images.x_test.dtype == torch.get_default_dtype()
+    rows = images.x[:, 0].mean(-1).argmax(-1)
+    assert torch.equal((rows - 3) // 2, images.y)
+    some = images.subset(30, 5, seed=1)
+    assert (len(some.y), len(some.y_test)) == (30, 5)
+    rows = some.x[:, 0].mean(-1).argmax(-1)
+    assert torch.equal((rows - 3) // 2, some.y)
+
+
+def test_images_that_are_not_there_say_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="--data-root"):
+        load_images("mnist", tmp_path)
+    monkeypatch.delenv("PYRO_FORGET_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="PYRO_FORGET_DATA"):
+        load_images("cifar10")
+
+
+@pytest.mark.parametrize("fit", ["svi", pytest.param("sgld", marks=pytest.mark.slow)])
+def test_cells_share_a_fit_and_are_compared_with_refits(fit: str, root: Path, tmp_path: Path) -> None:
+    own = replace(SMALL, fit=fit, data_root=str(root), num_draws=3, thin=2)
+    for method in ("before", "default", "finetune", "published"):
+        cell(replace(own, method=method), 0, tmp_path)
+    fits = list((tmp_path / "fashion_mnist" / "fashion_mnist" / fit / "fits").iterdir())
+    assert len(fits) == 1
+    for seed in (0, 1):
+        cell(replace(own, method="retrain"), seed, tmp_path)
+    summarise(tmp_path)
+    text = (tmp_path / "fashion_mnist" / "table.md").read_text()
+    for method in ("before", "default", "published", "finetune", "retrain"):
+        assert f"| fashion_mnist-mlp-{fit} | 10 | {method} |" in text
+    assert (tmp_path / "fashion_mnist" / f"fashion_mnist-mlp-{fit}.png").stat().st_size > 10_000
+
+
+def made_up(method: str, seed: int, log_probs: Tensor) -> Cell:
+    parts = dict.fromkeys(("erased", "retained", "test"), log_probs)
+    errors = dict.fromkeys(("error_erased", "error_retained", "error_test"), 0.25)
+    settings = {"data": "d", "net": "mlp", "fit": "svi", "method": method, "num_erased": 5}
+    return Cell(settings, seed, {"seconds": 2.0, "attack": {"erased_as_strangers": 0.5}, **errors}, parts)
+
+
+def test_gaps_are_to_the_mean_of_the_refits_and_the_floor_to_the_mean_of_the_others() -> None:
+    first, second, mine = (torch.tensor([[p, 1 - p]]).log() for p in (0.6, 0.8, 0.4))
+    cells = [made_up("retrain", 0, first), made_up("retrain", 1, second), made_up("default", 0, mine)]
+    default, retrain = compared(cells)
+    target = torch.tensor([0.7, 0.3])
+    expected = float((target * (target.log() - mine[0])).sum())
+    assert default.values["kl_test"] == pytest.approx(expected)
+    assert default.values["l1_test"] == pytest.approx(0.6)
+    floors = [float((a.exp() * (a - b)).sum()) for a, b in ((second, first), (first, second))]
+    assert retrain.values["kl_erased"] == pytest.approx(sum(floors) / 2)
+    assert "| d-mlp-svi | 5 | default | 2 | 25.0 | 25.0 | 25.0 |" in table([default, retrain])
+    assert compared(cells[1:]) == []
+
+
+def test_settings_that_make_no_sense_are_refused(root: Path) -> None:
+    with pytest.raises(ValueError, match="`net` is 'vgg': choose from mlp, lenet"):
+        replace(SMALL, net="vgg")
+    with pytest.raises(ValueError, match="--num-erased 200 is more"):
+        replace(SMALL, num_erased=200, data_root=str(root)).task(0)
