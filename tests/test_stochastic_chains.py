@@ -132,7 +132,12 @@ def test_control_variates_take_out_the_noise_at_their_anchor():
 
 
 @pytest.mark.parametrize(
-    "rule", [SGLD(1e-4, batch_size=8), SGHMC(3e-5, 0.2, batch_size=8), SGNHT(3e-5, 0.2, batch_size=8)]
+    "rule",
+    [
+        pytest.param(SGLD(1e-4, batch_size=8), marks=pytest.mark.slow),
+        SGHMC(3e-5, 0.2, batch_size=8),
+        SGNHT(3e-5, 0.2, batch_size=8),
+    ],
 )
 def test_mini_batches_agree_with_all_rows_in_small_steps(rule):
     """A batch of 8 of 40 rows: what it adds to the covariance falls with the step."""
@@ -142,9 +147,9 @@ def test_mini_batches_agree_with_all_rows_in_small_steps(rule):
 
 
 def test_correction_of_psgld_is_the_derivative_of_its_metric():
-    """Γ by finite differences of G along each axis, and at the first step, where V is the gradient's own square."""
+    """Γ by finite differences of G along each axis."""
     curvature, position = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([0.3, -0.7, 0.2])
-    past = torch.tensor([0.5, 0.2, 1.0])
+    past = torch.tensor([1.5, 1.2, 2.0])
 
     def metric(at: Tensor) -> Tensor:
         return 1 / ((0.9 * past + 0.1 * (curvature * at).square()).sqrt() + 0.1)
@@ -154,9 +159,15 @@ def test_correction_of_psgld_is_the_derivative_of_its_metric():
         return moved(rule, position, [past.sqrt(), curvature * position], 0, diagonal=lambda: curvature)[POSITION]
 
     steps = 1e-6 * torch.eye(3)
-    second = torch.stack([(metric(position + step) - metric(position - step)) / 2e-6 for step in steps]).diagonal()
-    first = -curvature / (past.sqrt() + 0.1).square()
-    torch.testing.assert_close(after(True) - after(False), 1e-2 * (first + second))
+    gamma = torch.stack([(metric(position + step) - metric(position - step)) / 2e-6 for step in steps]).diagonal()
+    torch.testing.assert_close(after(True) - after(False), 1e-2 * gamma)
+
+
+def test_scales_are_bounded_at_a_mode():
+    """Where the first gradient vanishes, a scale of its own making would be without bound."""
+    for rule in (PSGLD(1e-3), ScaleAdaptedSGHMC(0.03)):
+        state = moved(rule, torch.zeros(3), [torch.zeros(3)], 0)
+        assert float(state[POSITION].abs().max()) < 1.0
 
 
 def test_noise_is_not_floored_where_gradients_are_noisy():
@@ -281,13 +292,13 @@ def test_draws_of_pyros_mcmc_become_a_posterior():
 def test_pyros_mcmc_gets_constrained_draws_of_chains_that_differ():
     kernel = MiniBatchKernel(constrained_model, SGLD(1e-5, batch_size=8), rows())
     with pytest.warns(UserWarning, match="drawn sequentially"):
-        mcmc = MCMC(kernel, num_samples=6, warmup_steps=2, num_chains=99, disable_progbar=True)
+        mcmc = MCMC(kernel, num_samples=6, warmup_steps=2, num_chains=40, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)
     assert bool((draws["scale"] > 0).all())
-    torch.testing.assert_close(draws["shares"].sum(-1), torch.ones(99, 6))
-    assert len(draws["w"][:, -1, 0].unique()) == 99
-    assert SampledPosterior(constrained_model, draws, rows()).shape == (99, 6)
+    torch.testing.assert_close(draws["shares"].sum(-1), torch.ones(40, 6))
+    assert len(draws["w"][:, -1, 0].unique()) == 40
+    assert SampledPosterior(constrained_model, draws, rows()).shape == (40, 6)
 
 
 def test_a_kernel_starts_where_it_is_told():

@@ -73,7 +73,7 @@ def test_sghmc_has_its_exact_discrete_covariance():
 def test_kernel_samples_a_correlated_gaussian(name):
     """Ends of independent chains, on mini-batches: the mean within 5 σ, covariances within 5 σ and a bias of 8 %."""
     rule, num_steps = RULES[name]
-    draws = ends(rule(None), DATA, num_steps, 1000, start=START, num_warmup=num_steps // 3)
+    draws = ends(rule(None), DATA, num_steps, 600, start=START, num_warmup=num_steps // 3)
     assert_same_law(draws, MEAN, COVARIANCE, bias=0.08)
 
 

@@ -83,8 +83,7 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch, steps: int, error: type[BaseE
     monkeypatch.setattr(Chains, "step", stopping)
 
 
-@pytest.mark.parametrize("block", [1, 4, 256])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("name", "block"), [*((name, 4) for name in RULES), ("sgld", 1), ("sgld", 256)])
 def test_a_stopped_run_goes_on_bit_for_bit(name, block, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_MAX_BLOCK", block)
     whole = sampled(tmp_path / "whole", RULES[name])
@@ -324,7 +323,7 @@ def test_the_noise_scale_is_that_of_all_batches():
 
 def test_a_chain_that_runs_away_leaves_its_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_MAX_BLOCK", 2)
-    rule = SGLD(2.5 / float(torch.linalg.eigvalsh(correlated().precision)[-1]), batch_size=None)
+    rule = SGLD(3.0 / float(torch.linalg.eigvalsh(correlated().precision)[-1]), batch_size=None)
     with pytest.raises(Diverged, match=r"step \d+"):
         sampled(tmp_path / "store", rule, num_samples=4000)
     there = Sampling.open(tmp_path / "store")
@@ -334,7 +333,7 @@ def test_a_chain_that_runs_away_leaves_its_draws(tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_draws(tmp_path):
     """Python's own and NumPy's arrays; torch's are in the chains, whose number does not change."""
     peaks = []
-    for num_samples in (300, 900):
+    for num_samples in (200, 600):
         tracemalloc.start()
         sampled(tmp_path / str(num_samples), num_samples=num_samples, thin=1)
         peaks.append(tracemalloc.get_traced_memory()[1])

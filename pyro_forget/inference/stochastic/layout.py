@@ -55,8 +55,14 @@ class Layout:
 
     def join(self, values: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
         """(chain, *site) by site to the flat array."""
-        parts = [values[name].mT if name in self.turned else values[name] for name in self.shapes]
-        return torch.cat([part.reshape(-1) for part in parts], out=out)
+        return torch.cat(self._parts(values), out=out)
+
+    def join_added(self, values: Mapping[str, Tensor], flat: Tensor, factor: float, out: Tensor) -> Tensor:
+        """`join(values)` + factor·`flat`, in one pass."""
+        sizes = [size * self.num_chains for size in self.sizes]
+        for part, addend, target in zip(self._parts(values), flat.split(sizes), out.split(sizes), strict=True):
+            torch.add(part, addend, alpha=factor, out=target)
+        return out
 
     def spread(self, numbers: Tensor) -> Tensor:
         """(chain, site), a number for all entries of a site, to the flat array."""
@@ -73,6 +79,11 @@ class Layout:
             return torch.dot(left, right).double().reshape(1)
         pairs = zip(self.pieces(left), self.pieces(right), strict=True)
         return torch.stack([_row_products(one, other) for one, other in pairs]).double().sum(0)
+
+    def _parts(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Each site's entries in the order in which they are kept, flat."""
+        parts = [values[name].mT if name in self.turned else values[name] for name in self.shapes]
+        return [part.reshape(-1) for part in parts]
 
 
 def _row_products(left: Tensor, right: Tensor) -> Tensor:

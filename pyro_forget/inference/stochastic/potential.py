@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ class Potential:
     real: bool
     closed: bool
 
+    @cached_property
+    def is_ridge(self) -> bool:
+        """Whether all sites share one Normal prior of mean 0, whose gradient is a multiple of the position."""
+        shared = self.precision.ndim == 0 and self.loc.ndim == 0
+        return bool(self.conjugate) and shared and float(self.loc) == 0
+
     def gradient(
         self, position: Tensor, batch: Batch, out: Tensor, prior_precision: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -59,14 +66,18 @@ class Potential:
             prior_precision: in place of the closed-form priors' own.
         """
         leaves, value = self._run(position, batch, self.num_data / len(batch), with_prior=True)
-        self._slopes(value, leaves, out)
-        return value.detach().double() + self._add_prior(position, out, prior_precision), out
+        slopes, energy = self._slopes(value, leaves), value.detach().double()
+        if self.is_ridge and prior_precision is None:
+            precision = float(self.precision)
+            self.layout.join_added(slopes, position, precision, out)
+            return energy + self.layout.dot(position, position) * (0.5 * precision) + self.constant, out
+        self.layout.join(slopes, out=out)
+        return energy + self._add_prior(position, out, prior_precision), out
 
     def likelihood_gradient(self, position: Tensor, batch: Batch, weight: float, out: Tensor) -> Tensor:
         """∇ of −weight·Σ log p(z | θ) over the batch, in `out`."""
         leaves, value = self._run(position, batch, weight, with_prior=False)
-        self._slopes(value, leaves, out)
-        return out
+        return self.layout.join(self._slopes(value, leaves), out=out)
 
     def full_likelihood_gradient(self, position: Tensor, data: Data) -> Tensor:
         """∇ of −Σ log p(z | θ) over all data."""
@@ -91,6 +102,8 @@ class Potential:
 
         So do those of matrix products under `vmap`, and turning them back would cost as much as a product.
         """
+        if self.layout.num_chains == 1:
+            return frozenset()
         leaves, value = self._run(self.layout.join(values), self.program.template, 1.0, with_prior=False)
         found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         pairs = zip(leaves, found, strict=True)
@@ -121,9 +134,10 @@ class Potential:
         return self.layout.join({name: value.squeeze(1) for name, value in found.items()})
 
     def _run(self, position: Tensor, batch: Batch, weight: float, with_prior: bool) -> tuple[Params, Tensor]:
-        """(leaves by site, −log density of every chain) without what is closed-form."""
-        leaves = {name: value.detach().requires_grad_() for name, value in self.layout.views(position).items()}
-        skip = frozenset(self.conjugate)
+        """(leaves by site, −log density of every chain) without what is closed-form; one chain has no chain dim."""
+        alone, skip = self.layout.num_chains == 1, frozenset(self.conjugate)
+        views = self.layout.views(position.detach())
+        leaves = {name: (view[0] if alone else view).requires_grad_() for name, view in views.items()}
         has_prior = with_prior and not self.closed
 
         def of(values: Params) -> Tensor:
@@ -132,20 +146,19 @@ class Potential:
             return found - run.log_prior(skip=skip) if has_prior else found
 
         with quiet(), torch.enable_grad():
-            return leaves, over_draws(of, leaves, self.layout.num_chains)
+            return leaves, of(leaves).reshape(1) if alone else over_draws(of, leaves, self.layout.num_chains)
 
-    def _slopes(self, value: Tensor, leaves: Params, out: Tensor) -> None:
-        found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-        self.layout.join(dict(zip(leaves, found, strict=True)), out=out)
+    @staticmethod
+    def _slopes(value: Tensor, leaves: Params) -> Params:
+        # Zeros are filled in by hand: autograd's own way of doing it costs as much as a small network's pass.
+        found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+        pairs = zip(leaves.items(), found, strict=True)
+        return {name: torch.zeros_like(leaf) if slope is None else slope for (name, leaf), slope in pairs}
 
     def _add_prior(self, position: Tensor, out: Tensor, prior_precision: Tensor | None) -> Tensor | float:
         """Add the closed-form priors' gradients to `out`; their part of U, (chain,), nats."""
         if not self.conjugate:
             return 0.0
-        if self.precision.ndim == 0 and self.loc.ndim == 0 and prior_precision is None and float(self.loc) == 0:
-            precision = float(self.precision)
-            out.add_(position, alpha=precision)
-            return self.layout.dot(position, position) * (0.5 * precision) + self.constant
         pull = (position - self.loc) * (self.precision if prior_precision is None else prior_precision)
         out.add_(pull)
         return 0.5 * self.layout.dot(position - self.loc, pull) + self.constant

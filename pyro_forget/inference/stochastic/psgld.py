@@ -77,9 +77,10 @@ class PSGLD:
             square.clamp_(min=1.0)
         root = square.sqrt()
         scale = (root + self.floor).reciprocal_()
-        if self.correction and move.diagonal is not None:
+        # What V starts from is given, not a function of the position.
+        if self.correction and move.diagonal is not None and move.number:
             slope = scale.square() * gradient * move.diagonal() / root.clamp_min_(torch.finfo(root.dtype).tiny)
-            position.add_(slope, alpha=-move.size * (1 - self.decay if move.number else 1.0))
+            position.add_(slope, alpha=-move.size * (1 - self.decay))
         position.addcmul_(gradient, scale, value=-move.size)
         if move.temperature:
             deviation = scale.mul_(2 * move.size * move.temperature).sqrt_()

@@ -27,9 +27,9 @@ class Normals:
         self.generator = generator
         self._buffer = torch.empty_like(like)
 
-    def draw(self) -> Tensor:
-        """A flat array; gone at the next call."""
-        return self._buffer.normal_(generator=self.generator)
+    def draw(self, deviation: float = 1.0) -> Tensor:
+        """A flat array of this standard deviation; gone at the next call."""
+        return self._buffer.normal_(0.0, deviation, generator=self.generator)
 
     def signs(self) -> Tensor:
         """Fair signs, ±1, as a flat array; gone at the next call."""

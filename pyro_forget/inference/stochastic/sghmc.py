@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import sqrt
 
+import torch
 from torch import Tensor
 
 from pyro_forget.inference.stochastic.control import Control
@@ -66,11 +67,13 @@ class SGHMC:
     def move(self, state: State, move: Move) -> None:
         """One update, in place."""
         position, momentum = state[POSITION], state[MOMENTUM]
-        momentum.mul_(1 - self.friction).add_(move.gradient, alpha=-move.size)
-        if move.temperature:
-            variance = 2 * (self.friction - self.noise_estimate) * move.size * move.temperature
-            momentum.add_(move.noise.draw(), alpha=sqrt(variance))
-        position.add_(momentum)
+        variance = 2 * (self.friction - self.noise_estimate) * move.size * move.temperature
+        if variance:
+            # One pass for the friction and the noise.
+            torch.add(move.noise.draw(sqrt(variance)), momentum, alpha=1 - self.friction, out=momentum)
+        else:
+            momentum.mul_(1 - self.friction)
+        position.add_(momentum.add_(move.gradient, alpha=-move.size))
 
     def kinetic_temperature(self, state: State, step_size: float, layout: Layout) -> Tensor | None:
         """Mean of v²/η, shape (chain,)."""
