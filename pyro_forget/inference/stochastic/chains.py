@@ -22,6 +22,9 @@ _ANCHOR, _ANCHOR_GRADIENT = "anchor", "anchor_gradient"
 class Chains:
     """Vectorised chains of one rule; all see the same mini-batch and have noise of their own.
 
+    The shared part of the gradient's noise moves all chains alike: they are independent only as far as that part is
+    small beside the noise that is added.
+
     Args:
         potential: of the model.
         rule: the sampler.

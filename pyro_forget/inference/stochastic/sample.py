@@ -54,7 +54,9 @@ def sample_posterior(
         data: the model's call, row by row.
         store: a folder.
         num_samples: draws of each chain.
-        num_chains: side by side; all see the same mini-batches.
+        num_chains: side by side. All see the same mini-batches: each chain has the right law, but where gradients are
+            noisy the chains move together, their spread at one moment is too small, and R-hat looks better than it
+            is. Chains of different `seed` in stores of their own are independent.
         warmup: steps before the first draw, during which a kernel may adapt.
         thin: steps a draw.
         seed: of starts, batches and noise.
