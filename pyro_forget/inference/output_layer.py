@@ -14,6 +14,7 @@ from pyro_forget.params import Params
 
 POOL = 2000
 PROXIMAL = 0.05  # keeps a pool of few rows from being fitted to itself, in units of its own curvature
+_ROUGH = 0.2
 _ROUNDS = 2  # of solving and measuring β
 _FLOOR = 1e-6  # of a curvature, relative to the largest
 
@@ -198,7 +199,8 @@ def _solved(
     """(u, β, evaluations): β is 1 at first, then what the residuals at the solution say."""
     natural, whole = energy.features.natural, energy.tilt
     before = natural.residual(natural.output)
-    step, used = energy.minimum(torch.zeros_like(target), max_steps, rtol)
+    # Of a first solution only the residuals are wanted.
+    step, used = energy.minimum(torch.zeros_like(target), max_steps, max(rtol, _ROUGH) if measured else rtol)
     beta = Beta.one(layer, layer.num_units, before)
     for _ in range(_ROUNDS - 1 if measured else 0):
         output = torch.addmm(natural.output, energy.features.phi, step.T)

@@ -10,7 +10,7 @@ from pyro_forget.data import Batch
 from pyro_forget.energy.points import prior_gradient
 from pyro_forget.inference.last_layer import LastLayer
 from pyro_forget.inference.pairing import Beta, Problem, batch_gradient, residuals
-from pyro_forget.params import Params, axpy, scale, subtract
+from pyro_forget.params import Params, scale
 
 _LAST_RATE = 0.02  # of the learning rate, at the last step
 
@@ -110,8 +110,7 @@ class PairedSteps:
             optimiser.step()
         params = {name: value.detach() for name, value in params.items()}
         scale_of = self.batch_size * state.shrink.variance / max(_square(state.shrink.target), 1e-300)
-        aim = axpy(state.s, subtract(state.shrink.mean, state.shrink.target), state.shrink.target)
-        return Paired(params, state.beta, state.s, aim, scale_of, self.num_steps)
+        return Paired(params, state.beta, state.s, state.aim(), scale_of, self.num_steps)
 
     def state(self, problem: Problem, layer: LastLayer | None) -> "State":
         """Before the first step."""
@@ -126,18 +125,18 @@ class PairedSteps:
         slopes, (delta,) = batch_gradient(problem.points, stacked, batch, noise, residuals, 1 / len(batch))
         there = {name: value[copies:] for name, value in slopes.items()}
         self._measure(problem, state, delta, there)
-        offset = subtract(there, state.shrink.target)
-        if state.s:
-            offset = axpy(-state.s, subtract(state.shrink.mean, state.shrink.target), offset)
-        kept = state.beta.times(offset) if self.beta is None else scale(offset, self.beta)
+        aim = state.aim() if state.s else state.shrink.target
+        beta = state.beta if self.beta is None else None
         pull = prior_gradient(problem.points, params, seed)
-        return {
-            # Of the entry's own layout: a fused optimiser reads memory as it lies.
-            name: torch.sub(slopes[name][:copies], kept[name], out=torch.empty_like(value)).add_(
-                pull[name], alpha=1 / problem.num_data
-            )
-            for name, value in params.items()
-        }
+        found = {}
+        for name, value in slopes.items():
+            here, own = value[:copies], aim[name]
+            found[name] = (
+                torch.sub(here, there[name], alpha=self.beta, out=torch.empty_like(own)).add_(own, alpha=self.beta)
+                if beta is None
+                else beta.paired(here, there[name], own, name)
+            ).add_(pull[name], alpha=1 / problem.num_data)
+        return found
 
     def _measure(self, problem: Problem, state: "State", delta: Tensor, there: Params) -> None:
         """β and s with one more batch. A draw's own deviation is no error of a fit: there β is 1 and s is 0."""
@@ -160,6 +159,10 @@ class State:
     beta: Beta
     shrink: Shrink
     s: float = 0.0
+
+    def aim(self) -> Params:
+        """T/N + s(ḡ₀ − t/N)."""
+        return {name: torch.lerp(value, self.shrink.mean[name], self.s) for name, value in self.shrink.target.items()}
 
 
 def _square(params: Params) -> float:

@@ -97,6 +97,14 @@ class Beta:
         """By unit, then of everything else; (unit + 1,)."""
         return (self.products / self.squares.clamp(min=1e-300)).clamp(0.0, 1.0)
 
+    def paired(self, here: Tensor, there: Tensor, aim: Tensor, name: str) -> Tensor:
+        """Here − β∘(there − aim) of one entry, a new tensor of the aim's layout."""
+        units = self.layer.units.get(name) if self.layer is not None else None
+        if units is None:
+            factor = float(self.values[-1])
+            return torch.sub(here, there, alpha=factor, out=torch.empty_like(aim)).add_(aim, alpha=factor)
+        return torch.addcmul(here, self.values.to(aim.dtype)[units], aim - there, out=torch.empty_like(aim))
+
     def times(self, params: Params) -> Params:
         """β∘params."""
         values = self.values
@@ -133,6 +141,7 @@ def batch_gradient(
     noise: dict[str, Tensor],
     read: Callable[[Run], tuple[Tensor, ...]],
     weight: float = 1.0,
+    fixed: Params | None = None,
 ) -> tuple[Params, tuple[Tensor, ...]]:
     """(weight · Σ ∇(−log likelihood) over the batch at each point, what `read` gives)."""
     leaves = {name: value.detach().requires_grad_(True) for name, value in stacked.items()}
@@ -141,7 +150,7 @@ def batch_gradient(
         return run.log_likelihood().sum(), *read(run)
 
     with torch.enable_grad():
-        value, *found = over_points(points, leaves, batch, noise, of)
+        value, *found = over_points(points, leaves, batch, noise, of, fixed)
         slopes = torch.autograd.grad(
             value, list(leaves.values()), torch.full_like(value, -weight), allow_unused=True, materialize_grads=True
         )
@@ -178,33 +187,39 @@ def judge(problem: Problem, end: Params, beta: Beta | None, aim: Params | None =
     `aim` is what the retained data's gradient at γ₀ is taken for, per datum, t/N by default. Then φ is the change of
     the energy that paired descent minimises: the part of ΔF that is noise of these rows is in g too and cancels.
     """
-    points, origin, copies = problem.points, problem.origin, problem.copies
+    points, origin = problem.points, problem.origin
     step = {name: end[name] - value for name, value in origin.items()}
-    kept = (lambda params: params) if beta is None else beta.times
-    weighted = kept(step)
+    weighted = step if beta is None else beta.times(step)
     target = problem.tilt if aim is None else scale(aim, problem.num_data)
     weight = problem.num_data / problem.held_out.num_data
+    # What did not move is run once for both points.
+    moved = [name for name, value in step.items() if problem.copies > 1 or bool(value.any())]
+    fixed = {name: value[0] for name, value in origin.items() if name not in moved}
 
     def of(batch: Batch) -> tuple[Tensor, Params]:
         noise = points.noise(batch, _batch_seed(problem.seed + _SEED_HELD_OUT, batch))
-        slope, (before,) = batch_gradient(points, origin, batch, noise, lambda run: (run.log_likelihood(),))
+        start, stop = ({name: place[name] for name in moved} for place in (origin, end))
+        slope, (before,) = batch_gradient(points, start, batch, noise, _rows, fixed=fixed)
         with torch.no_grad():
-            after = over_points(points, end, batch, noise, lambda run: run.log_likelihood())
+            after = over_points(points, stop, batch, noise, lambda run: run.log_likelihood(), fixed)
         return (before.double() - after.double()).mean(0).sum(), slope
 
+    if not moved:
+        return Verdict(0.0, 0.0)
     total, slope = problem.held_out.reduce(of)
     with torch.no_grad():
         priors = [
             _prior(points, {name: value[copy] for name, value in end.items()}, problem.seed)
             - _prior(points, {name: value[copy] for name, value in origin.items()}, problem.seed)
-            for copy in range(copies)
+            for copy in range(problem.copies)
         ]
-    untilted = weight * float(total) + sum(priors) / copies
-    tilted = sum(
-        float(((weight * slope[name].double() - target[name].double()) * weighted[name].double()).sum())
-        for name in origin
-    )
-    return Verdict(untilted - tilted / copies, untilted)
+    untilted = weight * float(total) + sum(priors) / problem.copies
+    tilted = sum(float(((weight * slope[n].double() - target[n].double()) * weighted[n].double()).sum()) for n in moved)
+    return Verdict(untilted - tilted / problem.copies, untilted)
+
+
+def _rows(run: Run) -> tuple[Tensor, ...]:
+    return (run.log_likelihood(),)
 
 
 def _prior(points: Points, point: Params, seed: int) -> float:
