@@ -4,7 +4,15 @@ from pyro_forget.data import Batch, Data
 from pyro_forget.energy import Energy, FunctionEnergy
 from pyro_forget.evaluation import remaining_fraction
 from pyro_forget.export import from_netcdf, to_datatree, to_inferencedata, to_netcdf
-from pyro_forget.forgetters import Finetune, Influence, Retrain, Reweight, Transport
+from pyro_forget.forgetters import (
+    Finetune,
+    Influence,
+    OutputLayer,
+    PairedDescent,
+    Retrain,
+    Reweight,
+    Transport,
+)
 from pyro_forget.forgetting import Refused, forget
 from pyro_forget.inference.fit import fit_guide
 from pyro_forget.inference.stochastic import (
@@ -39,6 +47,8 @@ __all__ = [
     "FunctionEnergy",
     "Influence",
     "MiniBatchKernel",
+    "OutputLayer",
+    "PairedDescent",
     "Posterior",
     "Refused",
     "Report",

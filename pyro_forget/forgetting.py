@@ -37,7 +37,7 @@ def forget(
         posterior: the posterior of `erased` and `retained` together; it is not changed.
         erased: the rows that must go.
         retained: all the others: `forget(posterior, *data.split(ids))`.
-        forgetter: the method; by default `Influence` for guides, `Transport` for draws.
+        forgetter: the method; by default `Influence` for guides, `Transport` for draws, `PairedDescent` for networks.
         throw: raise where the method refuses; False gives back the input posterior with its old ids, and
             `report.refused` says why.
 
