@@ -20,10 +20,10 @@ from torch import Tensor
 
 from benchmarks import plain_mlp
 from benchmarks.clock import timed
-from benchmarks.networks import _idx
 from benchmarks.plain_mlp import Rows
 from benchmarks.record import Table, number, write
 from benchmarks.timing import machine, one_thread
+from experiments.images import read_idx
 from pyro_forget.data import Data
 from pyro_forget.forgetters.influence import Influence
 from pyro_forget.forgetters.output_layer import OutputLayer
@@ -211,7 +211,7 @@ def run(out: Path) -> None:
 
 def _images(folder: Path, kind: str) -> Rows:
     raw = folder / "FashionMNIST" / "raw"
-    x, y = (_idx(raw / f"{kind}-{part}.gz") for part in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    x, y = (read_idx(raw / f"{kind}-{part}.gz") for part in ("images-idx3-ubyte", "labels-idx1-ubyte"))
     return Rows(x.flatten(1).float() / 255, y.long())
 
 

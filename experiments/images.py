@@ -55,7 +55,7 @@ def load_images(name: str, root: str | Path | None = None, download: bool = Fals
     if not (raw / "train-images-idx3-ubyte.gz").exists() and download:
         _download(name, Path(folder))
     parts = {
-        part: (_idx(raw / f"{part}-images-idx3-ubyte.gz"), _idx(raw / f"{part}-labels-idx1-ubyte.gz"))
+        part: (read_idx(raw / f"{part}-images-idx3-ubyte.gz"), read_idx(raw / f"{part}-labels-idx1-ubyte.gz"))
         for part in ("train", "t10k")
     }
     (x, y), (x_test, y_test) = parts["train"], parts["t10k"]
@@ -66,7 +66,7 @@ def _pixels(values: Tensor) -> Tensor:
     return values.to(torch.get_default_dtype()) / 255
 
 
-def _idx(path: Path) -> Tensor:
+def read_idx(path: Path) -> Tensor:
     """One file of the idx format: two zero bytes, type, number of dims, the dims as big-endian int32, the values."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: name its root by --data-root, or pass --download.")
