@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-NAMES = ("overhead", "exactness", "closeness", "draws", "networks", "paired", "products", "memory")
+NAMES = ("overhead", "exactness", "closeness", "draws", "networks", "paired", "stochastic", "products", "memory")
 
 
 def main(
