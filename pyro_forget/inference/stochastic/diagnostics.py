@@ -99,7 +99,8 @@ def _read(array: Any, places: Any, count: int) -> list[np.ndarray]:
     if not places:
         return [np.asarray(array, dtype=float)]
     blocks = []
-    rows = max(1, _NUMBERS // max(1, array[:, :1].size))
+    # Blocks as they lie on the disk, so that each is read once.
+    rows = int(array.encoding["chunks"][1])
     for first in range(0, array.sizes["draw"], rows):
         block = np.asarray(array.isel(draw=slice(first, first + rows)))
         blocks.append(block[(slice(None), slice(None), *places)].astype(float))
