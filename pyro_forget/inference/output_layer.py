@@ -160,7 +160,7 @@ def draw_pool(problem: Problem, size: int | None, seed: int) -> list[Batch]:
 
 
 def solve_output_layer(
-    problem: Problem, layer: LastLayer, pool: Sequence[Batch], seed: int, max_steps: int = 20, rtol: float = 3e-2
+    problem: Problem, layer: LastLayer, pool: Sequence[Batch], seed: int, max_steps: int = 20, rtol: float = 0.1
 ) -> Solved:
     """Minimise the pool's tilted energy over the last layer of every point, the body as it is."""
     order = layer.order()
