@@ -168,7 +168,7 @@ def test_it_goes_where_a_refit_goes() -> None:
     before = fits.fitted(model, MeanField(model), Data(x, y))
     erased, retained = Data(x, y).split(networks.SPOILED)
     refit = fits.refitted(before, retained)
-    after, _ = forget(before, erased, retained, PairedDescent(200, 5e-3, 64))
+    after, _ = forget(before, erased, retained, PairedDescent(400, 2e-2, 64))
     assert float(fits.remaining(after, before, refit)) < 0.3
 
 
