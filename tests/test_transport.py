@@ -490,3 +490,34 @@ def test_logistic_regression_at_the_published_size(num_erased, min_ess):
         matrix, log_weights = cloud(edit.posterior)
         assert float(moment_kl(matrix, refit, log_weights)) < float(moment_kl(again, refit)) + 0.03
         assert edit.evidence.ess > min_ess and edit.evidence.khat < 0.5
+
+
+# --- moves after the map ------------------------------------------------------------------------------------------
+
+
+def test_moves_after_a_shift_mend_the_covariance():
+    """A common shift keeps the covariance of all data; moves on the retained data bring theirs."""
+    task, data, posterior = regression_task()
+    erased, retained = data.split(LAST_THIRD)
+    mean, factor = rows_of(task, retained).posterior()
+    left = {}
+    for moves in (0, 8):
+        edit = Transport(shift_only=True, refresh=moves).edit(posterior, erased, retained)
+        left[moves] = float(gaussian_kl(*moments(edit.posterior), mean, factor))
+    assert left[8] < 0.1 * left[0]
+    assert left[8] < 0.02
+    assert edit.evidence.extra["refresh"]["moves"] == 8
+    assert edit.evidence.extra["refresh"]["acceptance"] > 0.7
+    assert "then 8 Hamiltonian moves" in edit.evidence.method
+
+
+def test_moves_leave_what_is_right_as_it_is_and_keep_its_weights():
+    task, data, posterior = regression_task()
+    erased, retained = data.split([0, 1, 2])
+    plain, moved = (Transport(refresh=moves).edit(posterior, erased, retained).posterior for moves in (0, 3))
+    assert not torch.equal(plain.params["w"], moved.params["w"])
+    torch.testing.assert_close(plain.log_weights, moved.log_weights)
+    mean, factor = rows_of(task, retained).posterior()
+    assert float(gaussian_kl(*moments(moved), mean, factor)) < 0.02
+    with pytest.raises(ValueError, match="`refresh` must be 0 or more"):
+        Transport(refresh=-1)

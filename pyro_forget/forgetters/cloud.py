@@ -20,6 +20,7 @@ from pyro_forget.posterior import Posterior, SampledPosterior
 _NUMBERS_AT_ONCE = 1 << 19  # draws times dimensions evaluated in one pass: what a batch adds to it stays in memory
 _MOST_DRAWS_AT_ONCE = 4096
 _COORDINATES_CHECKED = 32  # of R-hat and ESS, 1 ms each; evenly spaced
+_DRAWS_FOR_COVARIANCE = 5  # a dimension; with fewer only standard deviations are known
 _GOOD_RHAT, _GOOD_ESS = 1.01, 400  # Vehtari, Gelman, Simpson, Carpenter and Bürkner (2021), section 4
 
 BLIND_SPOT = (
@@ -202,6 +203,19 @@ def cloud_of(posterior: Posterior, method: str) -> Cloud:
             "pass a SampledPosterior, or forget by influence instead."
         )
     return Cloud(posterior)
+
+
+def spread_factor(matrix: Tensor, log_weights: Tensor) -> Tensor:
+    """Cholesky factor of the draws' weighted covariance, or their standard deviations (d,) where draws are few."""
+    weights = log_weights.exp()
+    centred = matrix - weights @ matrix
+    deviations = (weights @ centred.square()).sqrt()
+    if len(matrix) >= _DRAWS_FOR_COVARIANCE * matrix.shape[1]:
+        factor, failed = torch.linalg.cholesky_ex((weights * centred.T) @ centred)
+        if not bool(failed):
+            return factor
+    # A single draw, or a coordinate that never moved, says nothing of its scale.
+    return torch.where(deviations > 0, deviations, torch.ones_like(deviations))
 
 
 def input_health(posterior: SampledPosterior) -> tuple[float | None, float | None]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_forget.data import Data
-from pyro_forget.forgetters.cloud import Cloud, health_warnings, input_health
+from pyro_forget.forgetters.cloud import Cloud, health_warnings, input_health, spread_factor
 from pyro_forget.forgetters.training import trained
 from pyro_forget.importance import systematic_resample
 from pyro_forget.inference.fit import Training
@@ -14,7 +14,6 @@ from pyro_forget.inference.hmc import HMC, Moved
 from pyro_forget.outcome import Edit, Evidence
 from pyro_forget.posterior import Posterior, SampledPosterior
 
-_DRAWS_FOR_COVARIANCE = 5  # a dimension; with fewer the moves go by standard deviations
 _DRIFT = 5.0  # standard errors between half of the moves and all of them
 _LOW_ACCEPTANCE = 0.4
 
@@ -79,7 +78,7 @@ class Finetune:
     def _moved(self, posterior: SampledPosterior, retained: Data) -> Edit:
         cloud = Cloud(posterior)
         starts, lead = self._starts(cloud)
-        factor = _factor(cloud)
+        factor = spread_factor(cloud.matrix, cloud.log_weights)
         moves = HMC(self.num_moves, self.num_leapfrog, seed=self.seed, progress=self.progress)
         found = moves.run(lambda draws: cloud.log_joint_and_gradient(draws, retained), starts, factor)
         rhat, ess = input_health(posterior)
@@ -103,19 +102,6 @@ class Finetune:
             return cloud.matrix, cloud.posterior.shape
         number = self.num_starts or len(cloud.matrix)
         return cloud.matrix[systematic_resample(cloud.log_weights, number, self.seed)], (1, number)
-
-
-def _factor(cloud: Cloud) -> Tensor:
-    """Cholesky factor of the draws' weighted covariance, or their standard deviations where draws are few."""
-    weights = cloud.log_weights.exp()
-    centred = cloud.matrix - weights @ cloud.matrix
-    deviations = (weights @ centred.square()).sqrt()
-    if len(cloud.matrix) >= _DRAWS_FOR_COVARIANCE * cloud.matrix.shape[1]:
-        factor, failed = torch.linalg.cholesky_ex((weights * centred.T) @ centred)
-        if not bool(failed):
-            return factor
-    # A single draw, or a coordinate that never moved, says nothing of its scale.
-    return torch.where(deviations > 0, deviations, torch.ones_like(deviations))
 
 
 def _rms(steps: Tensor) -> Tensor:

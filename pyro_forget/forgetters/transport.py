@@ -1,19 +1,31 @@
 """Forgetting by moving draws: an influence map, moment matching, and weights for what an affine map cannot do."""
 
+import time
 from dataclasses import dataclass, field, replace
 
 from pyro_forget.data import Data
-from pyro_forget.forgetters.cloud import BLIND_SPOT, Cloud, Move, Request, cloud_of, health_warnings, input_health
+from pyro_forget.forgetters.cloud import (
+    BLIND_SPOT,
+    Cloud,
+    Move,
+    Request,
+    cloud_of,
+    health_warnings,
+    input_health,
+    spread_factor,
+)
 from pyro_forget.forgetters.shifts import common_shift, each_on_its_own, recursive_shift, shifted, solved
 from pyro_forget.forgetters.steps import DENSE, common_shifts, newton_steps
 from pyro_forget.importance import SmoothedWeights, khat_threshold, systematic_resample
 from pyro_forget.inference import Affine, MomentMatching, affine_fit, held_out_weights, moment_matching
+from pyro_forget.inference.hmc import HMC
 from pyro_forget.inference.recursion import Recursion
 from pyro_forget.outcome import Edit, Evidence
 from pyro_forget.posterior import Posterior
 
 _DRAWS_FOR_A_MAP = 5  # times the dimensions: with fewer draws a covariance is mostly noise
 _ESS_FOR_WEIGHTS = 20  # times the dimensions: with a smaller ESS the weights add more noise than they remove
+_LEAPFROG = 5
 _DOUBTFUL, _HOPELESS = 0.5, 0.1  # ESS / S
 
 
@@ -32,7 +44,9 @@ class Transport:
         per_draw: move each draw by its own step d, unweighted: the covariance changes twice too much.
         resample: return equally weighted draws; they no longer stand in the order of their chains.
         num_passes: of moment matching, at most.
-        seed: of the resampling.
+        seed: of the resampling and of the moves after it.
+        refresh: Hamiltonian moves of each draw on the retained data after all that: the cheap way to mend what no
+            affine map can do. The moves leave the retained posterior as it is, so weights stay right.
         recursion: find the common shift by the published algorithm.
 
     References:
@@ -45,12 +59,15 @@ class Transport:
     resample: bool = False
     num_passes: int = 25
     seed: int = 0
+    refresh: int = 0
     recursion: Recursion | None = field(default=None)
 
     def __post_init__(self) -> None:
         chosen = [name for name in ("shift_only", "per_draw", "resample", "recursion") if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(f'`{name}`' for name in chosen)} exclude each other: choose one.")
+        if self.refresh < 0:
+            raise ValueError(f"`refresh` must be 0 or more moves, got {self.refresh}.")
 
     @staticmethod
     def published(recursion: Recursion | None = None) -> "Transport":
@@ -75,6 +92,8 @@ class Transport:
             refused = f"The log joint density is not finite at {num_bad} of {len(log_source)} draws: drop them first."
             return Edit(posterior, replace(evidence, refused=refused))
         move = self._move(Request(cloud, erased, retained, log_source), evidence)
+        if self.refresh and move.evidence.refused is None:
+            move = _refreshed(cloud, retained, move, HMC(self.refresh, _LEAPFROG, seed=self.seed))
         if move.evidence.refused is not None:
             return Edit(posterior, move.evidence)
         evidence = replace(move.evidence, step_norm=cloud.step_norm(move.matrix))
@@ -133,6 +152,20 @@ class Transport:
             chosen = systematic_resample(found.log_weights, len(found.draws), self.seed)
             return Move(found.draws[chosen], None, evidence)
         return Move(found.draws, found.log_weights, evidence)
+
+
+def _refreshed(cloud: Cloud, retained: Data, move: Move, moves: HMC) -> Move:
+    """Moved draws after a few moves more, each on its own, that keep the density of the retained data."""
+    weights = cloud.log_weights if move.log_weights is None else move.log_weights
+    begun = time.perf_counter()
+    factor = spread_factor(move.matrix, weights)
+    found = moves.run(lambda draws: cloud.log_joint_and_gradient(draws, retained), move.matrix, factor)
+    cost = {"moves": moves.num_moves, "acceptance": found.acceptance, "seconds": time.perf_counter() - begun}
+    said = f"{move.evidence.method}, then {moves.num_moves} Hamiltonian moves of {moves.num_leapfrog} steps"
+    evidence = replace(move.evidence, method=said, extra=move.evidence.extra | {"refresh": cost})
+    if not bool(found.draws.isfinite().all()):
+        return Move(move.matrix, None, replace(evidence, refused="the log joint density is not finite at the draws"))
+    return Move(found.draws, move.log_weights, evidence)
 
 
 def _influence_map(request: Request, evidence: Evidence) -> tuple[Affine | None, Evidence]:
