@@ -12,16 +12,17 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULT
 
 
 def test_the_example_runs(float32, tmp_path, monkeypatch, capsys):
-    """Both blocks, one after the other, in an empty folder, under the default type that users have."""
+    """All blocks, one after the other, in an empty folder, under the default type that users have."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "readme"}
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     said = capsys.readouterr().out
     assert "Influence" in said and "warnings: ()" in said and "Pareto k̂" in said
     assert (tmp_path / "report.html").exists() and (tmp_path / "forgetting.nc").exists()
     assert names["report"].evidence.khat < 0.7  # type: ignore[attr-defined]
+    assert names["sampling"].num_draws == 200  # type: ignore[attr-defined]
 
 
 def test_links_lead_somewhere():
