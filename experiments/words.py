@@ -1,7 +1,8 @@
-"""What is written on a command line, as values of a type: comma lists of numbers, words and choices."""
+"""Settings and the command line: comma lists of a type, what `--help` says, and choices."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -79,3 +80,19 @@ def check_type(field: str, kind: Any) -> None:
             f"The setting {field} has type {kind}, which has no words on a command line: use str, int, float, bool, "
             "Path, Literal, or a union of them with None."
         )
+
+
+def option(default: Any, text: str) -> Any:
+    """A setting with its default and what `--help` says of it."""
+    return field(default=default, metadata={"help": text})
+
+
+def check_choices(settings: Any, allowed: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a value that only the run would fail on.
+
+    Raises:
+        ValueError: which setting, its value, and those there are.
+    """
+    for name, choices in allowed.items():
+        if getattr(settings, name) not in choices:
+            raise ValueError(f"`{name}` is {getattr(settings, name)!r}: choose from {', '.join(choices)}.")

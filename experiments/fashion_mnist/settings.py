@@ -1,13 +1,13 @@
 """The settings of one cell of the study, and its presets."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.images import Images, load_images
+from experiments.words import check_choices, option
 from pyro_forget.data import Data
 from pyro_forget.models import MLP, LeNet
 
@@ -19,40 +19,34 @@ ALLOWED = {
 }
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Settings:
     """What a cell depends on, apart from its seed."""
 
-    data: str = _option("fashion_mnist", "fashion_mnist or mnist.")
-    net: str = _option("mlp", "mlp (784-128-10) or lenet.")
-    fit: str = _option("svi", "svi, sgld or sghmc.")
-    method: str = _option("default", "before, default, published, finetune or retrain.")
-    num_erased: int = _option(200, "Images of class 0 that go, the first of a random order.")
-    num_train: int = _option(10_000, "Training images.")
-    num_test: int = _option(2_000, "Test images.")
-    num_steps: int = _option(3_120, "Of the fit.")
-    learning_rate: float = _option(2e-3, "Of Adam, decaying by a cosine.")
-    prior_std: float = _option(0.1, "Of each weight.")
-    step_size: float = _option(0.5, "Of SGLD and SGHMC, times 1 / N.")
-    decay: float = _option(0.5, "Exponent of their step sizes.")
-    friction: float = _option(0.4, "Of SGHMC.")
-    num_draws: int = _option(20, "Draws of a chain that are kept.")
-    thin: int = _option(50, "Steps a draw.")
-    scaling: float = _option(0.1, "Of the published recursion.")
-    recursion_steps: int = _option(64, "T of the published recursion.")
-    finetune_steps: int = _option(390, "Of Adam in fine-tuning.")
-    data_root: str = _option("", "Folder of the data; PYRO_FORGET_DATA where none is given.")
-    download: bool = _option(False, "Fetch the data where they are missing.")
+    data: str = option("fashion_mnist", "fashion_mnist or mnist.")
+    net: str = option("mlp", "mlp (784-128-10) or lenet.")
+    fit: str = option("svi", "svi, sgld or sghmc.")
+    method: str = option("default", "before, default, published, finetune or retrain.")
+    num_erased: int = option(200, "Images of class 0 that go, the first of a random order.")
+    num_train: int = option(10_000, "Training images.")
+    num_test: int = option(2_000, "Test images.")
+    num_steps: int = option(3_120, "Of the fit.")
+    learning_rate: float = option(2e-3, "Of Adam, decaying by a cosine.")
+    prior_std: float = option(0.1, "Of each weight.")
+    step_size: float = option(0.5, "Of SGLD and SGHMC, times 1 / N.")
+    decay: float = option(0.5, "Exponent of their step sizes.")
+    friction: float = option(0.4, "Of SGHMC.")
+    num_draws: int = option(20, "Draws of a chain that are kept.")
+    thin: int = option(50, "Steps a draw.")
+    scaling: float = option(0.1, "Of the published recursion.")
+    recursion_steps: int = option(64, "T of the published recursion.")
+    finetune_steps: int = option(390, "Of Adam in fine-tuning.")
+    data_root: str = option("", "Folder of the data; PYRO_FORGET_DATA where none is given.")
+    download: bool = option(False, "Fetch the data where they are missing.")
 
     def __post_init__(self) -> None:
         """Refuse what would only fail after the fit."""
-        for name, allowed in ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose from {', '.join(allowed)}.")
+        check_choices(self, ALLOWED)
 
     @property
     def model(self) -> MLP | LeNet:

@@ -1,6 +1,6 @@
 """The settings of one cell of the study."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from experiments.gaussian_mixture.fit import Fit
 from experiments.gaussian_mixture.sampled import Sampled
 from experiments.gaussian_mixture.task import Task
 from experiments.gaussian_mixture.variational import Variational
+from experiments.words import check_choices, option
 from pyro_forget.inference.recursion import Recursion
 from pyro_forget.models import GaussianMixture
 
@@ -18,33 +19,27 @@ ALLOWED = {
 }
 
 
-def _option(default: object, text: str) -> object:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Settings:
     """What a cell depends on, apart from its seed."""
 
-    data: str = _option("published", "The paper's points, or simulated ones.")
-    fit: str = _option("variational", "variational, sgld or sghmc.")
-    method: str = _option("default", "default or published.")
-    num_erased: int = _option(800, "Points that go.")
-    chunk: int = _option(100, "Points a request.")
-    num_points: int = _option(2000, "Of simulated data.")
-    num_components: int = _option(4, "Components of the mixture.")
-    spread: float = _option(2.5, "Standard deviation of simulated centres.")
-    prior_std: float = _option(1.0, "Standard deviation of the centres' prior.")
-    scaling: float = _option(1.0, "Of the published recursion.")
-    recursion_steps: int = _option(32, "T of the published recursion.")
-    recursion_chunk: int = _option(4, "Points that the published recursion erases at a time.")
-    data_root: str = _option("", "Folder of gmm/; PYRO_FORGET_DATA where none is given.")
+    data: str = option("published", "The paper's points, or simulated ones.")
+    fit: str = option("variational", "variational, sgld or sghmc.")
+    method: str = option("default", "default or published.")
+    num_erased: int = option(800, "Points that go.")
+    chunk: int = option(100, "Points a request.")
+    num_points: int = option(2000, "Of simulated data.")
+    num_components: int = option(4, "Components of the mixture.")
+    spread: float = option(2.5, "Standard deviation of simulated centres.")
+    prior_std: float = option(1.0, "Standard deviation of the centres' prior.")
+    scaling: float = option(1.0, "Of the published recursion.")
+    recursion_steps: int = option(32, "T of the published recursion.")
+    recursion_chunk: int = option(4, "Points that the published recursion erases at a time.")
+    data_root: str = option("", "Folder of gmm/; PYRO_FORGET_DATA where none is given.")
 
     def __post_init__(self) -> None:
         """Refuse what would only fail after the fit."""
-        for name, allowed in ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose from {', '.join(allowed)}.")
+        check_choices(self, ALLOWED)
 
     def task(self, seed: int) -> Task:
         """The points, and which go."""
