@@ -13,12 +13,12 @@ OURS, RIVAL, SECOND, REFIT, FLOOR = "#0072B2", "#D55E00", "#CC79A7", "#009E73", 
 
 
 def figure(
-    columns: int, width: float = 7.0, height: float = 4.2, ratios: Sequence[float] | None = None
+    columns: int, width: float = 7.0, height: float = 4.2, ratios: Sequence[float] | None = None, rows: int = 1
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of one row of axes, not known to pyplot; inches, and the columns' relative widths."""
+    """A figure and its axes, row after row, not known to pyplot; inches, and the columns' relative widths."""
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
-    axes = made.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
+    axes = made.subplots(rows, columns, squeeze=False, width_ratios=ratios).flatten()
     for axis in axes:
         axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
