@@ -12,10 +12,13 @@ import torch
 from pyro_forget.data import Data
 from pyro_forget.energy import FunctionEnergy
 from pyro_forget.evaluation import gaussian_kl, moment_kl
+from pyro_forget.forgetters.cloud import Cloud, Request
 from pyro_forget.forgetters.reweight import Reweight
-from pyro_forget.forgetters.transport import Transport
+from pyro_forget.forgetters.transport import Transport, _shift_instead
 from pyro_forget.importance import effective_sample_size
+from pyro_forget.inference.moment_matching import Affine, MomentMatching
 from pyro_forget.inference.recursion import Recursion
+from pyro_forget.outcome import Evidence
 from pyro_forget.posterior import EnergyPosterior, SampledPosterior
 from tests.draws import Logistic, Regression
 
@@ -521,3 +524,25 @@ def test_moves_leave_what_is_right_as_it_is_and_keep_its_weights():
     assert float(gaussian_kl(*moments(moved), mean, factor)) < 0.02
     with pytest.raises(ValueError, match="`refresh` must be 0 or more"):
         Transport(refresh=-1)
+
+
+def test_a_shift_takes_over_where_it_comes_closer_than_a_map_that_hardly_a_draw_fits():
+    task, data, posterior = regression_task()
+    erased, retained = data.split(LAST_THIRD)
+    whole = Cloud(posterior)
+    request = Request(whole, erased, retained, whole.log_joint(whole.matrix, data))
+    shift = Transport(shift_only=True).edit(posterior, erased, retained).posterior
+    mean, factor = rows_of(task, retained).posterior()
+    before = moments(posterior)
+    away = Affine(torch.eye(4), torch.full((4,), 3.0))
+    change = factor @ torch.linalg.inv(before[1])
+    exact = Affine(change, mean - change @ before[0])
+
+    def hopeless(through):
+        return MomentMatching(through(whole.matrix), whole.log_weights, None, 1.5, 7, through, "initial", False)
+
+    move = _shift_instead(request, Evidence("a map"), hopeless(away))
+    torch.testing.assert_close(move.matrix.reshape(shift.params["w"].shape), shift.params["w"])
+    assert "a common shift, which came closer" in move.evidence.method
+    assert "No map left more than 2 of 2000 draws" in move.evidence.warnings[-1]
+    assert _shift_instead(request, Evidence("a map"), hopeless(exact)) is None

@@ -37,7 +37,8 @@ class Transport:
     θ ↦ θ + d̄ + ½(d − d̄) is right to first order for mean and covariance; moment matching refines it, and the moved
     draws keep their chain order and carry Pareto-smoothed weights. Where their effective sample size is below 20 times
     the dimensions, the draws are returned unweighted and the weights are evidence only. With fewer than 5 draws a
-    dimension there is no map to fit, and all draws move by the mean step.
+    dimension there is no map to fit, and all draws move by the mean step; so they do where fewer than a tenth of the
+    draws would count and that comes closer.
 
     Attributes:
         shift_only: move all draws by the mean step d̄, unweighted: the covariance stays.
@@ -136,6 +137,8 @@ class Transport:
         source = request.log_source - cloud.log_weights
         found = moment_matching(cloud.matrix, request.log_target, source, initial, num_passes=self.num_passes)
         held_out = held_out_weights(cloud.matrix, request.log_target, source, initial, num_passes=self.num_passes)
+        if found.ess < _HOPELESS * len(found.draws) and (instead := _shift_instead(request, evidence, found)):
+            return instead
         weighted = found.ess >= _ESS_FOR_WEIGHTS * cloud.matrix.shape[1]
         evidence = replace(
             evidence,
@@ -182,6 +185,31 @@ def _influence_map(request: Request, evidence: Evidence) -> tuple[Affine | None,
     except ValueError:  # a coordinate in which all draws agree
         initial = Affine(matrix, mean)
     return initial, solved(evidence, steps)
+
+
+def _shift_instead(request: Request, evidence: Evidence, found: MomentMatching) -> Move | None:
+    """The common shift, where it comes closer than a map that few draws could be weighted for.
+
+    Closer is what lies higher: E[log p] + log|det| of the moved draws is −KL to the retained posterior, up to a
+    constant that all maps share.
+    """
+    shift = common_shift(request, evidence)
+    if shift.evidence.refused is not None:
+        return None
+    weights = request.cloud.log_weights.exp()
+    mapped = weights @ request.log_target(found.draws) + found.map.log_det
+    if not float(weights @ request.log_target(shift.matrix)) > float(mapped):
+        return None
+    said = (
+        f"No map left more than {found.ess:.0f} of {len(found.draws)} draws that count: all were moved by the same "
+        "step, which came closer, and their covariance is still that of all data. Erase less at a time, or move them "
+        "on by `refresh`."
+    )
+    method = f"{evidence.method}; then a common shift, which came closer"
+    warnings = (*shift.evidence.warnings, said)
+    return replace(
+        shift, evidence=replace(shift.evidence, method=method, warnings=warnings, num_passes=found.num_passes)
+    )
 
 
 def _weight_warnings(cloud: Cloud, found: MomentMatching, held_out: SmoothedWeights, weighted: bool) -> tuple[str, ...]:
