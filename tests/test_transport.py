@@ -546,3 +546,15 @@ def test_a_shift_takes_over_where_it_comes_closer_than_a_map_that_hardly_a_draw_
     assert "a common shift, which came closer" in move.evidence.method
     assert "No map left more than 2 of 2000 draws" in move.evidence.warnings[-1]
     assert _shift_instead(request, Evidence("a map"), hopeless(exact)) is None
+
+
+def test_a_recursion_whose_next_chunk_has_no_energy_any_more_is_refused():
+    """The first chunk throws the draws out of the support; the second must not raise."""
+    x = torch.ones(40, 1)
+    data = Data(x, torch.full((40,), 2.0))
+    draws = 0.7 + 0.1 * torch.randn(1, 50, 1, generator=torch.Generator().manual_seed(0))
+    posterior = SampledPosterior(poisson, {"w": draws}, data)
+    method = Transport.published(Recursion(scaling=50.0, num_steps=40, batch_size=8, num_draws=2, chunk=2))
+    edit = method.edit(posterior, *data.split(range(8)))
+    assert "diverged: lower its `scaling`" in edit.evidence.refused
+    assert edit.posterior is posterior

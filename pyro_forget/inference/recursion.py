@@ -6,8 +6,8 @@ import torch
 
 from pyro_forget.curvature.hessian import gradient_graph, product_of
 from pyro_forget.data import Batch, Data
-from pyro_forget.energy import Energy, gradient_over
-from pyro_forget.params import Params, add, axpy, scale
+from pyro_forget.energy import Energy, NonFinite, gradient_over
+from pyro_forget.params import Params, add, axpy, map_params, scale
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,15 @@ class Recursion:
     seed: int = 0
 
     def run(self, energy: Energy, params: Params, erased: Data, everything: Data) -> Params:
-        """The params after all chunks."""
+        """The params after all chunks; NaN where it diverged."""
         generator = torch.Generator().manual_seed(self.seed)
         left = everything
         for ids in erased.ids.split(self.chunk):
             chunk = erased.split(ids)[0]
-            params = add(params, self._influence(energy, params, chunk, left, generator))
+            try:
+                params = add(params, self._influence(energy, params, chunk, left, generator))
+            except NonFinite:
+                return map_params(lambda value: torch.full_like(value, torch.nan), params)
             left = left.split(ids)[1]
         return params
 
