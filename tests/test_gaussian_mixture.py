@@ -107,6 +107,11 @@ def test_settings_that_are_not_known_are_refused_at_once() -> None:
         replace(SMALL, num_erased=190).task(0)
 
 
+def test_another_device_is_refused_and_not_ignored(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="CPU alone, got --device cuda"):
+        run(SMALL, 0, "cuda", tmp_path)
+
+
 def test_points_that_are_not_there_say_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYRO_FORGET_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="--data-root"):

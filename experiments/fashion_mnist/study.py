@@ -10,6 +10,7 @@ from torch import Tensor
 
 from experiments.fashion_mnist.fits import fitted, kept
 from experiments.fashion_mnist.settings import Settings, Task
+from experiments.words import check_cpu
 from pyro_forget.data import Data
 from pyro_forget.evaluation import error_rate, mean_log_probs, threshold_attack, true_class_probability
 from pyro_forget.forgetters import Finetune, Influence, Transport
@@ -25,6 +26,7 @@ NUM_RETAINED = 2_000  # of the retained images, those that are looked at
 
 def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, Any]:
     """Fit a Bayesian network to images, make it forget some of one class, and keep its predictions."""
+    check_cpu(device)
     task = settings.task(0)
     erased, retained = task.data.split(task.erased)
     said: dict[str, Any] = {}

@@ -7,11 +7,13 @@ from typing import Any
 from experiments.gaussian_mixture.fit import Fit
 from experiments.gaussian_mixture.settings import Settings
 from experiments.gaussian_mixture.task import Task
+from experiments.words import check_cpu
 from pyro_forget.forgetting import forget
 
 
 def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, Any]:
     """Fit a mixture of Gaussians, make it forget, and compare it with two fits without the erased points."""
+    check_cpu(device)
     task, fit = settings.task(seed), settings.fitting()
     _, retained = task.data.split(task.erased)
     before = fit.fitted(task.data, seed)
