@@ -121,7 +121,7 @@ def first_of(params: Params) -> Params:
 def test_nothing_asked_moves_nothing() -> None:
     """With no force the origin is the minimum, whatever the pool."""
     network, layer, problem, pool = convex()
-    pull = {name: value + network.force[name] for name, value in problem.tilt.items()}
+    pull = {name: value + network.reading.force[name] for name, value in problem.tilt.items()}
     idle = Problem(**{**vars(problem), "tilt": pull})
     found = solve_output_layer(idle, layer, [pool], 0, max_steps=100, rtol=1e-9)
     assert max(float((found.params[name] - value).abs().max()) for name, value in problem.origin.items()) < 1e-8

@@ -26,9 +26,9 @@ QUICK = PairedDescent(num_steps=60, batch_size=64)
 
 
 def problem_of(kind: str = "delta") -> tuple[Problem, Data]:
-    posterior, data = networks.drawn() if kind == "draws" else networks.network(kind)
+    posterior, data = networks.drawn() if kind in ("draws", "each") else networks.network(kind)
     erased, retained = data.split(networks.SPOILED)
-    network = Network.of(posterior, erased, 0)
+    network = Network.of(posterior, erased, 0, jointly=kind == "draws")
     return network.problem(retained, 0, slice(None)), erased
 
 
@@ -52,7 +52,7 @@ def away(problem: Problem) -> Params:
 # --- the gradient
 
 
-@pytest.mark.parametrize("kind", ["delta", "draws"])
+@pytest.mark.parametrize("kind", ["delta", "each"])
 def test_its_mean_is_the_tilted_energys_gradient(kind: str) -> None:
     problem, _ = problem_of(kind)
     params, batches, rule = away(problem), parts(problem, 32), PairedSteps(1, 1e-3, beta=1.0, shrink=False)
@@ -94,7 +94,7 @@ def test_at_the_origin_only_the_request_is_left() -> None:
     rule = PairedSteps(1, 1e-3, beta=1.0, shrink=False)
     for number, batch in enumerate(parts(problem, 16)):
         found = rule.gradient(problem, rule.state(problem, None), problem.origin, batch, number)
-        assert norm(axpy(1 / problem.num_data, network.force, found)) < 1e-12 * norm(network.force)
+        assert norm(axpy(1 / problem.num_data, network.reading.force, found)) < 1e-12 * norm(network.reading.force)
 
 
 def test_fully_shrunk_it_is_the_retained_energys_gradient() -> None:
@@ -122,12 +122,12 @@ def test_beta_is_one_for_equal_residuals_and_zero_for_opposite_ones() -> None:
 # --- what it does
 
 
-@pytest.mark.parametrize("kind", ["local", "mean-field", "AutoNormal", "delta", "draws"])
+@pytest.mark.parametrize("kind", ["local", "mean-field", "AutoNormal", "delta", "draws", "each"])
 def test_spoiled_rows_are_forgotten(kind: str) -> None:
-    before, data = networks.drawn() if kind == "draws" else networks.network(kind)
+    before, data = networks.drawn() if kind in ("draws", "each") else networks.network(kind)
     kept = {name: value.clone() for name, value in before.params.items()}
     erased, retained = data.split(networks.SPOILED)
-    after, report = forget(before, erased, retained, QUICK)
+    after, report = forget(before, erased, retained, replace(QUICK, jointly=kind == "draws"))
     assert report.log_likelihood_after < report.log_likelihood_before - 0.3
     assert report.evidence.held_out_fall > 0 and report.evidence.solver == "returned: paired descent"
     assert _likelihood(after, retained) > _likelihood(before, retained) - 0.02
@@ -193,17 +193,46 @@ def test_nothing_erased_is_the_identity(kind: str) -> None:
     assert forget(before, *data.split([]), QUICK)[0] is before
 
 
-def test_draws_keep_their_deviations() -> None:
+def deviations(posterior: Posterior) -> torch.Tensor:
+    """Of draws from their mean, flat."""
+    rows = torch.cat([value.flatten(0, 1).flatten(1) for value in posterior.params.values()], 1)
+    return (rows - rows.mean(0)).flatten()
+
+
+def test_draws_that_move_alone_keep_their_deviations() -> None:
     """Each moves on its own, none to the mode."""
     before, data = networks.drawn()
-    after, _ = forget(before, *data.split(networks.SPOILED), QUICK)
-    deviations = [
-        torch.cat([value.flatten(0, 1).flatten(1) for value in posterior.params.values()], 1)
-        for posterior in (before, after)
-    ]
-    mine, theirs = ((rows - rows.mean(0)).flatten() for rows in deviations)
+    after, _ = forget(before, *data.split(networks.SPOILED), replace(QUICK, jointly=False))
+    mine, theirs = deviations(before), deviations(after)
+    assert not torch.allclose(mine, theirs)
     assert float(torch.cosine_similarity(mine, theirs, dim=0)) > 0.4
     assert float(theirs.norm() / mine.norm()) > 0.8
+
+
+def test_draws_that_move_jointly_all_take_one_step() -> None:
+    before, data = networks.drawn()
+    after, report = forget(before, *data.split(networks.SPOILED), QUICK)
+    assert torch.allclose(deviations(before), deviations(after), atol=1e-12)
+    assert any("covariance is still that of all data" in said for said in report.warnings)
+
+
+def test_weights_of_draws_count_in_their_common_step() -> None:
+    """With all weight on one draw the step is that draw's own, and the weights come back."""
+    posterior, data = networks.drawn()
+    erased, retained = data.split(networks.SPOILED)
+    weights = torch.full((2, 3), -60.0)
+    weights[1, 2] = 0.0
+    weighted = posterior.edited(posterior.params, data.ids, weights)
+    alone = posterior.edited({n: v[1:, 2:].expand(2, 3, *v.shape[2:]) for n, v in posterior.params.items()}, data.ids)
+    steps = []
+    for before in (weighted, alone):
+        after, _ = forget(before, erased, retained, QUICK)
+        steps.append(subtract(after.params, before.params))
+    assert norm(steps[1]) > 0.1
+    assert norm(subtract(*steps)) < 1e-9 * norm(steps[1])
+    assert after.log_weights is None
+    after, _ = forget(weighted, erased, retained, QUICK)
+    assert torch.equal(after.log_weights, weighted.log_weights)
 
 
 # --- refusals

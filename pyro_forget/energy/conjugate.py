@@ -35,6 +35,13 @@ class Conjugate:
         """`loc` minus the prior's."""
         return loc if self.loc.ndim == 0 and float(self.loc) == 0 else loc - self.loc
 
+    def half_square(self, loc: Tensor) -> Tensor:
+        """½ Σ ((loc − the prior's)/scale)²: −log prior at `loc` up to a constant, nats, float64."""
+        gap = self.gap(loc)
+        if self.scale.ndim:
+            return 0.5 * (gap / self.scale).square().sum().double()
+        return 0.5 * _square(gap).double() / float(self.scale) ** 2
+
     def add_gradient(self, value: Tensor, gradient: Tensor) -> Tensor:
         """`gradient` + value/scale²: the prior's pull on a gap, or on a standard deviation."""
         if self.scale.ndim:

@@ -5,6 +5,7 @@ is a point of its own. What stochastic methods need of a point is the model's ru
 prior's pull.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -16,6 +17,7 @@ from pyro_forget.data import Batch
 from pyro_forget.effects.noise import seeded
 from pyro_forget.effects.program import Run, quiet
 from pyro_forget.effects.run import Answers
+from pyro_forget.energy.conjugate import Conjugate
 from pyro_forget.energy.gaussian import GaussianEnergy
 from pyro_forget.energy.sampled import SampledEnergy
 from pyro_forget.energy.variational import GuideEnergy, guide_part, model_part
@@ -48,6 +50,14 @@ class Points(Protocol):
 
     def prior(self, point: Params, seed: int) -> Tensor:
         """−log prior or the divergence to it, up to what the point does not change; scalar, nats."""
+        ...
+
+    def prior_slopes(self, stacked: Params) -> Params | None:
+        """The slope of `prior` at each of the stacked points where it is closed-form, else None."""
+        ...
+
+    def typical_size(self, point: Params) -> float:
+        """Root mean square of the latents under the posterior: what steps in them are to be measured by."""
         ...
 
 
@@ -96,7 +106,7 @@ class LocationPoints:
         """E_q[−log prior], closed-form where the priors are fixed Normals; under one draw pair elsewhere."""
         gaussian = Gaussian(point, self.scale)
         # Of sites that are left out of `point` nothing is asked, which closed forms can do without.
-        found = [self._cross(name, point[name]) for name in self.energy.conjugate if name in point]
+        found = [prior.half_square(point[name]) for name, prior in self.energy.conjugate.items() if name in point]
         if not self.energy.is_closed:
             like = next(iter(point.values()))
             epsilon = torch.randn(self._size, generator=seeded(like.device, seed), dtype=like.dtype, device=like.device)
@@ -108,21 +118,13 @@ class LocationPoints:
         return torch.stack(found).sum()
 
     def prior_slopes(self, stacked: Params) -> Params | None:
-        """The prior's slope at each of the stacked points, where it is closed-form."""
-        if not self.energy.is_closed:
-            return None
-        priors = self.energy.conjugate
-        return {
-            name: priors[name].add_gradient(priors[name].gap(v), torch.zeros_like(v)) for name, v in stacked.items()
-        }
+        """Closed-form where all priors are fixed Normals."""
+        return pulls(self.energy.conjugate, stacked) if self.energy.is_closed else None
 
-    def _cross(self, name: str, loc: Tensor) -> Tensor:
-        prior = self.energy.conjugate[name]
-        gap = prior.gap(loc)
-        if prior.scale.ndim:
-            return 0.5 * (gap / prior.scale).square().sum().double()
-        flat = gap.reshape(-1)
-        return 0.5 * torch.dot(flat, flat).double() / float(prior.scale) ** 2
+    def typical_size(self, point: Params) -> float:
+        """Of locations and standard deviations together."""
+        variance = Gaussian(point, self.scale).variance
+        return math.sqrt(mean_square(point) + sum(float(value.sum()) for value in variance.values()) / self._size)
 
     @property
     def _size(self) -> int:
@@ -163,6 +165,16 @@ class GuidePoints:
             prior = self.energy.program.run(template, Answers(drawn.latents), model_part(point)).log_prior()
         return (drawn.log_prob() - prior).double()
 
+    def prior_slopes(self, stacked: Params) -> Params | None:
+        """Not closed-form."""
+        return None
+
+    def typical_size(self, point: Params) -> float:
+        """Of one draw."""
+        noise = self.noise(self.energy.program.template, 0)[_WEIGHTS]
+        with quiet(), torch.no_grad():
+            return math.sqrt(mean_square(self.energy.guide.run(guide_part(point), noise).latents))
+
 
 @dataclass(frozen=True)
 class DrawPoints:
@@ -189,6 +201,19 @@ class DrawPoints:
         with quiet():
             return -self.energy.program.run(template, Answers(point, unconstrained=True)).log_prior().double()
 
+    def prior_slopes(self, stacked: Params) -> Params | None:
+        """Not closed-form."""
+        return None
+
+    def typical_size(self, point: Params) -> float:
+        """Of the draw."""
+        return math.sqrt(mean_square(point))
+
+
+def mean_square(params: Params) -> float:
+    """Over all numbers."""
+    return sum(float(v.double().square().sum()) for v in params.values()) / sum(v.numel() for v in params.values())
+
 
 def over_points(
     points: Points,
@@ -211,9 +236,14 @@ def over_points(
         return torch.func.vmap(of, randomness="error")(stacked)
 
 
+def pulls(priors: Mapping[str, Conjugate], stacked: Params) -> Params:
+    """The slopes of fixed Normal priors at each of the stacked points."""
+    return {name: priors[name].add_gradient(priors[name].gap(v), torch.zeros_like(v)) for name, v in stacked.items()}
+
+
 def prior_gradient(points: Points, stacked: Params, seed: int) -> Params:
     """The prior's slope at each point along the leading dim of `stacked`."""
-    if isinstance(points, LocationPoints) and (closed := points.prior_slopes(stacked)) is not None:
+    if (closed := points.prior_slopes(stacked)) is not None:
         return closed
     leaves = {name: value.detach().requires_grad_(True) for name, value in stacked.items()}
     count = len(next(iter(leaves.values())))

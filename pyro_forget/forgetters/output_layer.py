@@ -26,11 +26,13 @@ class OutputLayer:
     Attributes:
         pool: retained rows to solve on; None for 2,000, or as many as there are.
         max_steps: of L-BFGS.
+        jointly: of draws: one step for all; else each on its own.
         seed: of the pool and all noise.
     """
 
     pool: int | None = None
     max_steps: int = 20
+    jointly: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class OutputLayer:
         """
         if not erased.num_data:
             return Edit(posterior, Evidence("OutputLayer: nothing to erase, the posterior is returned as it is"))
-        network = Network.of(posterior, erased, self.seed)
+        network = Network.of(posterior, erased, self.seed, self.jointly)
         method = "OutputLayer (the last layer alone, on features of retained rows)"
         layer = network.last_layer(retained)
         if layer is None:
@@ -72,7 +74,8 @@ class OutputLayer:
             refused=None if verdict.accepted else REFUSED.format(rise=verdict.rise),
             held_out_fall=-verdict.rise,
             untilted_fall=-verdict.untilted,
-            num_draws=None if network.stationary else network.num_points,
+            num_draws=network.num_draws,
+            warnings=network.warnings,
             extra={"layer": list(layer.units), "evaluations": evaluations, "beta": solved.beta.values[:-1].tolist()},
         )
         if not verdict.accepted:

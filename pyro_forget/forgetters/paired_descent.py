@@ -15,10 +15,13 @@ from pyro_forget.outcome import Edit, Evidence
 from pyro_forget.params import Params
 from pyro_forget.posterior import Posterior
 
-# Measured on mean-field networks: too large a rate for a small request buries it in Adam's own noise.
-_RATE, _SLOPE, _FASTEST = 5e-4, 1e-2, 4e-3
-_RATE_FAR, _RATE_ALONE = 6e-3, 2e-3
+# In root mean squares of the latents, measured: too large a rate for a small request buries it in Adam's own noise.
+_RATE, _SLOPE, _FASTEST = 5e-3, 0.1, 4e-2
+_RATE_FAR, _RATE_ALONE = 6e-2, 2e-2
 _GONE, _MANY_STEPS = 0.5, 64
+# Of a common shift: each mini-batch sees another draw, whose noise larger rates would walk on.
+_RATE_SHIFT, _SLOPE_SHIFT, _WORTH = 1e-3, 1e-2, 0.02
+_STEPS, _STEPS_SHIFT = 128, 48
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,21 @@ class PairedDescent:
     Where few rows of many go, the noise of mini-batches hides what is asked of plain fine-tuning; here most of it
     cancels between the two evaluations. For models whose likelihood is a Categorical, Normal or Bernoulli of a
     network's output: Gaussian guides (the scales lose what the erased rows gave them, the locations descend), any other
-    guide of standard normal noise, point masses among them, and draws, each of which moves on its own and keeps its
-    deviation. The result is returned only if the tilted energy of 1,000 retained rows that no step has seen fell under
-    pinned noise; else the output layer's solution, if that passes; else nothing.
+    guide of standard normal noise, point masses among them, and draws: all by one step, found with one draw a
+    mini-batch, or each on its own, keeping its deviation. The result is returned only if the tilted energy of 1,000
+    retained rows that no step has seen fell under pinned noise; else the output layer's solution, if that passes; else
+    nothing.
 
     Attributes:
-        num_steps: of Adam.
-        learning_rate: of the first step, linear to 2 % of it; None for 0.0005 to 0.006, by how much the output layer's
-            solution changes the residuals of an output unit. Where more than half of them go, as with a whole class,
-            64 steps or more begin at γ₀ instead.
+        num_steps: of Adam; None for 128, and 48 for a common shift of draws.
+        learning_rate: of the first step, linear to 2 % of it; None for 0.005 to 0.06 of the latents' root mean square
+            (0.001 to 0.011 for a common shift), by how much the output layer's solution changes the residuals of an
+            output unit. Where more than half of them go, as with a whole class, 64 steps or more begin at γ₀ instead.
         batch_size: rows a step.
         pool: retained rows for the output layer; None for 2,000, or as many as there are.
         head_start: solve the output layer first, where there is one.
+        jointly: of draws: one step for all, whose cost does not grow with their number; else each on its own, at as
+            many times the cost.
         seed: of rows and all noise.
 
     References:
@@ -47,11 +53,12 @@ class PairedDescent:
         for the pairing; the tilt makes a full gradient at γ₀ unnecessary.
     """
 
-    num_steps: int = 128
+    num_steps: int | None = None
     learning_rate: float | None = None
     batch_size: int = 128
     pool: int | None = None
     head_start: bool = True
+    jointly: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,7 +77,7 @@ class PairedDescent:
         """
         if not erased.num_data:
             return Edit(posterior, Evidence("PairedDescent: nothing to erase, the posterior is returned as it is"))
-        network = Network.of(posterior, erased, self.seed)
+        network = Network.of(posterior, erased, self.seed, self.jointly)
         layer = network.last_layer(retained)
         tries = [self._try(network, layer, retained, group) for group in network.groups()]
         chosen = _Choice.of(tries)
@@ -81,31 +88,53 @@ class PairedDescent:
 
     def _try(self, network: Network, layer: LastLayer | None, retained: Data, group: slice) -> "_Try":
         problem = network.problem(retained, self.seed, group)
-        pool = draw_pool(problem, self.pool, self.seed)
-        start: Solved | None = None
-        if self.head_start and layer is not None:
-            try:
-                start = solve_output_layer(problem, layer, pool, self.seed)
-            except NoLastLayer:
-                start = None
+        start = self._start(problem, layer)
         change = None if start is None else 1 - float(start.beta.values[:-1].min())
+        plan = self._plan(network.shifts, change, network.points.typical_size(network.first))
+        found = self._run(problem, layer, plan, start)
+        if found.begun and not found.verdict.accepted:
+            # A pool's noise may be all that the output layer's solution has.
+            found = self._run(problem, layer, replace(plan, begun=False), start)
+        return found
+
+    def _start(self, problem: Problem, layer: LastLayer | None) -> Solved | None:
+        pool = draw_pool(problem, self.pool, self.seed)
+        if not self.head_start or layer is None:
+            return None
+        try:
+            return solve_output_layer(problem, layer, pool, self.seed)
+        except NoLastLayer:
+            return None
+
+    def _plan(self, shifts: bool, change: float | None, size: float) -> "_Plan":
+        """By the largest change of a unit's residuals, 1 − β, and the root mean square of the latents."""
+        if shifts:
+            rate = size * (_RATE_SHIFT + _SLOPE_SHIFT * (change or 0.0))
+            begun = change is not None and change > _WORTH
+            return _Plan(self.num_steps or _STEPS_SHIFT, self.learning_rate or rate, begun, shrink=False)
+        num_steps = self.num_steps or _STEPS
         # The body must follow where a unit loses its residuals, and from γ₀ it follows sooner, given time.
-        far = change is not None and change > _GONE and self.num_steps >= _MANY_STEPS
-        rate = self.learning_rate or _rate(change, far)
-        steps = PairedSteps(self.num_steps, rate, min(self.batch_size, problem.rows.num_data))
-        found = steps.run(problem, layer, start.params if start and not far else None)
-        verdict = judge(problem, found.params, found.beta, found.aim)
-        return _Try(problem, start, found, verdict, rate, start is not None and not far)
+        far = change is not None and change > _GONE and num_steps >= _MANY_STEPS
+        rate = _RATE_ALONE if change is None else _RATE_FAR if far else min(_RATE + _SLOPE * change, _FASTEST)
+        return _Plan(num_steps, self.learning_rate or size * rate, change is not None and not far, shrink=True)
+
+    def _run(self, problem: Problem, layer: LastLayer | None, plan: "_Plan", start: Solved | None) -> "_Try":
+        size = min(self.batch_size, problem.rows.num_data)
+        steps = PairedSteps(plan.num_steps, plan.rate, size, shrink=plan.shrink)
+        found = steps.run(problem, layer, start.params if start and plan.begun else None)
+        return _Try(problem, start, found, judge(problem, found.params, found.beta, found.aim), plan)
 
     def _evidence(self, network: Network, layer: LastLayer | None, tries: list["_Try"]) -> Evidence:
         last = tries[-1]
-        begun = "from the output layer's solution" if last.begun else "from where the posterior stood"
+        begun = "from the output layer's solution" if last.plan.begun else "from where the posterior stood"
+        moves = " by a common shift" if network.shifts else ""
         return Evidence(
-            method=f"PairedDescent ({self.num_steps} steps at {last.rate:.2g}, {begun})",
-            num_draws=None if network.stationary else network.num_points,
+            method=f"PairedDescent{moves} ({last.plan.num_steps} steps at {last.plan.rate:.2g}, {begun})",
+            num_draws=network.num_draws,
+            warnings=network.warnings,
             extra={
                 "layer": list(layer.units) if layer else None,
-                "learning_rate": last.rate,
+                "learning_rate": last.plan.rate,
                 "beta": last.found.beta.values.tolist(),
                 "shrink": last.found.shrink,
                 "noise_scale": last.found.noise_scale if math.isfinite(last.found.noise_scale) else None,
@@ -114,15 +143,29 @@ class PairedDescent:
 
 
 @dataclass(frozen=True)
+class _Plan:
+    """How to descend; `begun`: from the output layer's solution."""
+
+    num_steps: int
+    rate: float
+    begun: bool
+    shrink: bool
+
+
+@dataclass(frozen=True)
 class _Try:
-    """What the steps gave for some points; `begun`: whether they began at the output layer's solution."""
+    """What the steps gave for some points."""
 
     problem: Problem
     start: Solved | None
     found: Paired
     verdict: Verdict
-    rate: float
-    begun: bool
+    plan: _Plan
+
+    @property
+    def begun(self) -> bool:
+        """Whether at the output layer's solution."""
+        return self.plan.begun
 
     def judged_start(self) -> Verdict | None:
         """Of the output layer's solution."""
@@ -170,16 +213,9 @@ class _Choice:
                 "The steps of the whole network raised the tilted energy of held-out rows: the output layer's solution "
                 "was kept. Take more or smaller steps."
             )
-            return replace(found, warnings=(warning,))
+            return replace(found, warnings=(*found.warnings, warning))
         return found
 
 
 def _joined(parts: list[Params]) -> Params:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _rate(change: float | None, far: bool) -> float:
-    """By the largest change of a unit's residuals, 1 − β."""
-    if change is None:
-        return _RATE_ALONE
-    return _RATE_FAR if far else min(_RATE + _SLOPE * change, _FASTEST)
