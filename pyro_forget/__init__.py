@@ -7,6 +7,7 @@ from pyro_forget.export import from_netcdf, to_datatree, to_inferencedata, to_ne
 from pyro_forget.forgetters import (
     Finetune,
     Influence,
+    MoreSteps,
     OutputLayer,
     PairedDescent,
     Retrain,
@@ -47,6 +48,7 @@ __all__ = [
     "FunctionEnergy",
     "Influence",
     "MiniBatchKernel",
+    "MoreSteps",
     "OutputLayer",
     "PairedDescent",
     "Posterior",

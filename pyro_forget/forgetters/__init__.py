@@ -3,6 +3,7 @@
 from pyro_forget.forgetters.default import default_forgetter
 from pyro_forget.forgetters.finetune import Finetune
 from pyro_forget.forgetters.influence import Influence
+from pyro_forget.forgetters.more_steps import MoreSteps
 from pyro_forget.forgetters.output_layer import OutputLayer
 from pyro_forget.forgetters.paired_descent import PairedDescent
 from pyro_forget.forgetters.retrain import Retrain
@@ -12,6 +13,7 @@ from pyro_forget.forgetters.transport import Transport
 __all__ = [
     "Finetune",
     "Influence",
+    "MoreSteps",
     "OutputLayer",
     "PairedDescent",
     "Retrain",

@@ -15,6 +15,7 @@ from pyro_forget.inference.stochastic.failure import Diverged, suggested_size
 from pyro_forget.inference.stochastic.potential import Potential
 from pyro_forget.inference.stochastic.rule import POSITION, PRECISION, Move, Normals, Rule, State
 from pyro_forget.inference.stochastic.stream import BatchStream
+from pyro_forget.params import Params
 
 _ANCHOR, _ANCHOR_GRADIENT = "anchor", "anchor_gradient"
 
@@ -31,7 +32,8 @@ class Chains:
         data: the rows.
         num_warmup: steps during which the rule may adapt.
         seed: of starts, batches and noise.
-        start: constrained values by site, (*site) for all chains or (chain, *site); None for draws from the prior.
+        start: constrained values by site, (*site) for all chains or (chain, *site); or a position, flat and
+            unconstrained; None for draws from the prior.
 
     Attributes:
         state: tensors by name, flat arrays among them.
@@ -53,12 +55,12 @@ class Chains:
         *,
         num_warmup: int = 0,
         seed: int = 0,
-        start: Mapping[str, Tensor] | None = None,
+        start: Mapping[str, Tensor] | Tensor | None = None,
     ) -> None:
         self.potential, self.rule, self.data, self.num_warmup = potential, rule, data, num_warmup
         self._stream = BatchStream(data, rule.batch_size, seed)
-        latents = starts(potential, data, seed, start)
-        position = potential.unconstrained(latents)
+        self._seed, self._start = seed, start
+        position = self._first_position()
         self._noise = Normals(position, seeded(position.device, seed, 1))
         self.state: State = {POSITION: position, **rule.start(position, self._noise, potential.layout)}
         self._start_prior()
@@ -66,7 +68,6 @@ class Chains:
         self.number = 0
         self.energy = torch.full((self.num_chains,), torch.nan, dtype=torch.float64)
         self.statistics: dict[str, Tensor] = {}
-        self._seed, self._start = seed, start
         self._gradient, self._spare = torch.zeros_like(position), torch.empty(0)
 
     @property
@@ -151,9 +152,15 @@ class Chains:
         Raises:
             Diverged: a chain is not finite any more.
         """
-        if not bool(torch.isfinite(self.state[POSITION]).all()):
-            raise self._diverged()
-        return self.potential.constrain(self.state[POSITION])
+        return self.potential.constrain(self._finite_position())
+
+    def params(self) -> Params:
+        """The chains in unconstrained space, (chain, *site): views, which the next step changes.
+
+        Raises:
+            Diverged: a chain is not finite any more.
+        """
+        return self.potential.layout.views(self._finite_position())
 
     def set_position(self, position: Tensor) -> None:
         """Put the chains here: flat, unconstrained."""
@@ -173,6 +180,16 @@ class Chains:
         self._noise.generator.set_state(tensors["generator/noise"].clone())
         self._stream.load(tensors["generator/batches"], header["place"])
         self.number = header["number"]
+
+    def _first_position(self) -> Tensor:
+        if isinstance(self._start, Tensor):
+            return self._start.clone()
+        return self.potential.unconstrained(starts(self.potential, self.data, self._seed, self._start))
+
+    def _finite_position(self) -> Tensor:
+        if not bool(torch.isfinite(self.state[POSITION]).all()):
+            raise self._diverged()
+        return self.state[POSITION]
 
     def _measure(self, position: Tensor, gradient: Tensor) -> None:
         layout = self.potential.layout
@@ -231,8 +248,7 @@ class Chains:
 
     def _diverged(self) -> Diverged:
         size = self.rule.schedule.step_size(max(self.number - 1, 0))
-        latents = starts(self.potential, self.data, self._seed, self._start)
-        position, batch = self.potential.unconstrained(latents), next(self.data.batches())
+        position, batch = self._first_position(), next(self.data.batches())
         return Diverged(self.number, size, suggested_size(self.rule, size, self.potential, position, batch))
 
 

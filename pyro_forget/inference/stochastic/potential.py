@@ -174,6 +174,17 @@ def potential_of(
     """
     learned = adopt_model(model, data, plate, minibatch_scale=minibatch_scale)
     program = replace(learned, model=learned.model.frozen(learned.model.free))
+    found = potential_of_program(program, data, num_chains)
+    check_rows(program, data, prior_latents(program, next(data.batches())))
+    return found
+
+
+def potential_of_program(program: Program, data: Data, num_chains: int = 1) -> Potential:
+    """The potential of a model that was taken over before, its learned parameters fixed.
+
+    Raises:
+        ValueError: it has no latents, or latents of several types.
+    """
     batch = next(data.batches())
     first, second = (prior_latents(program, batch, seed) for seed in (0, 1))
     if not first:
@@ -181,7 +192,6 @@ def potential_of(
     if len({(value.dtype, value.device) for value in first.values()}) > 1:
         kinds = {name: f"{value.dtype} on {value.device}" for name, value in first.items()}
         raise ValueError(f"The latents are of several types or on several devices, {kinds}: make them all alike.")
-    check_rows(program, data, first)
     with quiet(), torch.no_grad():
         runs = [program.run(program.template, Answers(latents)) for latents in (first, second)]
     pairs = zip(*([site for site in run.sites if not site.observed] for run in runs), strict=True)
