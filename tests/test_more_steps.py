@@ -171,6 +171,17 @@ def test_no_draw_is_left_in_an_exploration():
     assert report.evidence.extra["refresh"]["steps"] == 11 and after.shape == (2, 25)
 
 
+def test_the_share_of_cut_gradients_is_told(monkeypatch):
+    """Over all groups; gradients of the second half of the steps, as for chains after their warm-up."""
+    monkeypatch.setattr(more_steps, "_MOST_DRAWS_AT_ONCE", 20)
+    before = drawn(50)
+    shares = [
+        moved(before, SGLD(1e-5, batch_size=None, max_gradient_norm=most), 4)[1].evidence.extra["refresh"]["clipped"]
+        for most in (1e-6, 20.0, 1e9)
+    ]
+    assert shares[0] == 1.0 > shares[1] > 0.0 == shares[2]
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="`num_steps` must be at least 1, got 0"):
         MoreSteps(QUICK, 0)

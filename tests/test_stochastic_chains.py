@@ -1,6 +1,7 @@
 """Mini-batches, step sizes, control variates and guards of stochastic-gradient samplers, and Pyro's door to them."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -40,6 +41,7 @@ RULES = {
     "sgnht": SGNHT(1e-4, batch_size=8),
     "svrg": SGLD(1e-4, batch_size=8, control=SVRG(7)),
     "cyclic": SGHMC(Cyclic(1e-4, 20, 0.5), batch_size=8),
+    "clipped": SGLD(1e-4, batch_size=8, max_gradient_norm=300.0),
 }
 
 
@@ -309,6 +311,56 @@ def test_a_kernel_starts_where_it_is_told():
     torch.testing.assert_close(mcmc.get_samples()["w"][0], start["w"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_long_gradients_are_cut_chain_by_chain(num_chains):
+    """Without noise a step is the gradient: of full length where that is short, of the given one where it is long."""
+    starts = torch.tensor([[0.9, -1.9, 0.4], [5.0, 5.0, 5.0], [-9.0, 0.0, 2.0]])[-num_chains:]
+    plain = chains_of(SGLD(1e-4, batch_size=None), rows(), num_chains=num_chains, start={"w": starts})
+    position = plain.state[POSITION].clone()
+    layout = plain.potential.layout
+    gradient = plain.potential.gradient(position, next(rows().batches()), torch.empty_like(position))[1]
+    whole = layout.views(gradient)["w"]
+    most = 1.5 * float(whole[0].norm()) if num_chains == 3 else 0.5 * float(whole[0].norm())
+    rule = SGLD(Cyclic(1e-4, 10, 0.5), batch_size=None, max_gradient_norm=most)
+    chains = chains_of(rule, rows(), num_chains=num_chains, start={"w": starts})
+    chains.step(measure=True)
+    steps = layout.views(chains.state[POSITION] - position)["w"] / -1e-4
+    lengths = whole.norm(dim=1)
+    cut = lengths > most
+    assert cut.tolist() == ([False, True, True] if num_chains == 3 else [True])
+    torch.testing.assert_close(steps, whole * torch.where(cut, most / lengths, 1.0)[:, None])
+    torch.testing.assert_close(chains.statistics["gradient_norm"], lengths)
+    assert chains.statistics["clipped"].tolist() == cut.double().tolist()
+
+
+@pytest.mark.parametrize("name", ["sgld", "psgld", "sghmc", "scale-adapted sghmc", "sgnht"])
+def test_a_length_that_no_gradient_has_changes_nothing(name):
+    """For every rule; and one that all have stops them from running away."""
+    rule = RULES[name]
+    plain, loose = (chains_of(one, rows(), num_chains=2) for one in (rule, replace(rule, max_gradient_norm=1e9)))
+    for _ in range(6):
+        plain.step()
+        loose.step(measure=True)
+    assert torch.equal(plain.state[POSITION], loose.state[POSITION])
+    assert loose.statistics["clipped"].tolist() == [0.0, 0.0] and "clipped" not in plain.statistics
+    tight = chains_of(replace(rule, max_gradient_norm=1e-3), rows(), num_chains=2)
+    for _ in range(6):
+        tight.step(measure=True)
+    assert tight.statistics["clipped"].tolist() == [1.0, 1.0]
+    assert not torch.equal(plain.state[POSITION], tight.state[POSITION])
+
+
+def test_the_share_of_cut_steps_is_that_after_the_warm_up():
+    """A start so far out that the first steps are cut; later ones are not."""
+    rule = SGLD(5e-4, batch_size=None, max_gradient_norm=2000.0)
+    start = {"w": torch.tensor([60.0, 0.0, 0.0])}
+    counted, warmed = (chains_of(rule, rows(), start=start, num_warmup=warmup) for warmup in (0, 90))
+    for _ in range(100):
+        counted.step(measure=True)
+        warmed.step(measure=True)
+    assert 0.1 < float(counted.statistics["clipped"]) < 0.9 and float(warmed.statistics["clipped"]) == 0.0
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match=r"`batch_size` is 41, the data have 40 rows: give at most 40, or None"):
         chains_of(SGLD(1e-4, batch_size=41), rows())
@@ -347,6 +399,8 @@ def test_a_chain_that_runs_away_is_stopped_with_advice(rule, num_chains):
         (lambda: Cyclic(0.1, 1), "`period`"),
         (lambda: Cyclic(0.1, 10, 1.0), "`exploration`"),
         (lambda: SVRG(0), "`every`"),
+        (lambda: SGLD(1e-3, max_gradient_norm=0.0), "`max_gradient_norm` must be positive.*got 0.0"),
+        (lambda: SGNHT(1e-3, max_gradient_norm=-1.0), "`max_gradient_norm`"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, said):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ RULES = {
     "sgld": SGLD(1e-4, batch_size=8),
     "scale-adapted sghmc": ScaleAdaptedSGHMC(1e-2, batch_size=8, hyperprior=(10.0, 10.0)),
     "cyclic": SGNHT(Cyclic(1e-4, 20, 0.5), batch_size=8),
+    "clipped": SGLD(1e-4, batch_size=8, max_gradient_norm=150.0),
     "anchored": SGHMC(1e-4, batch_size=8, control=FixedMode({"w": torch.tensor([1.0, -2.0, 0.0])})),
 }
 SETTINGS = {"num_chains": 2, "num_samples": 23, "warmup": 11, "thin": 3, "seed": 5, "progress": False}
@@ -298,6 +300,18 @@ def test_too_few_draws_for_r_hat(tmp_path):
 def test_one_chain_has_no_r_hat(tmp_path):
     found = sampled(tmp_path / "store", num_chains=1).diagnostics
     assert "at least 2 chains, got 1" in found.warnings[0] and found.rhat is None and found.ess_bulk > 0
+
+
+def test_cut_gradients_are_said_to_be(tmp_path):
+    """In the statistics of every draw, and in the diagnostics."""
+    rule = SGLD(1e-4, batch_size=8, max_gradient_norm=150.0)
+    sampling = sampled(tmp_path / "store", rule)
+    shares = np.asarray(sampling.tree["sample_stats"]["clipped"])
+    assert shares.shape == (2, 23) and 0 < shares[:, -1].mean() < 1
+    assert sampling.diagnostics.clipped == pytest.approx(shares[:, -1].mean())
+    assert "of the steps the gradient was cut to `max_gradient_norm`" in sampling.diagnostics.warnings[-1]
+    never = sampled(tmp_path / "never", replace(rule, max_gradient_norm=1e9)).diagnostics
+    assert never.clipped == 0.0 and not any("cut" in warning for warning in never.warnings)
 
 
 def test_chains_that_do_not_mix_are_said_not_to(tmp_path):

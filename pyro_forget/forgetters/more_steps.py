@@ -16,6 +16,7 @@ from pyro_forget.forgetters.cloud import cloud_of, health_warnings, input_health
 from pyro_forget.inference.stochastic import Diverged, Rule
 from pyro_forget.inference.stochastic.chains import Chains
 from pyro_forget.inference.stochastic.potential import Potential, potential_of_program
+from pyro_forget.inference.stochastic.rule import CLIPPED
 from pyro_forget.outcome import Edit, Evidence, Forgetter
 from pyro_forget.params import Params
 from pyro_forget.posterior import Posterior, SampledPosterior
@@ -65,11 +66,11 @@ class MoreSteps:
         moved = cloud_of(begun.posterior, "MoreSteps").posterior
         start = time.perf_counter()
         try:
-            params, number = self._run(moved, retained)
+            params, done = self._run(moved, retained)
         except Diverged as error:
             return Edit(posterior, replace(begun.evidence, refused=str(error)))
         size = self.rule.schedule.step_size(0)
-        cost = {"steps": number, "seconds": time.perf_counter() - start, "step_size": size}
+        cost = {**done, "seconds": time.perf_counter() - start, "step_size": size}
         evidence = replace(
             begun.evidence,
             num_draws=moved.num_draws,
@@ -92,14 +93,14 @@ class MoreSteps:
         said = f"{edit.evidence.method}, then {self._words} on the retained data"
         return Edit(edit.posterior, replace(edit.evidence, method=said))
 
-    def _run(self, posterior: SampledPosterior, data: Data) -> tuple[Params, int]:
-        """(all draws after their steps, steps of each)."""
+    def _run(self, posterior: SampledPosterior, data: Data) -> tuple[Params, dict[str, float]]:
+        """(all draws after their steps, what to say of them)."""
         lead = posterior.shape
         flat = {name: value.detach().flatten(0, 1) for name, value in posterior.params.items()}
         found = {name: torch.empty_like(value) for name, value in flat.items()}
         groups = list(_groups(flat, self.rule.batch_size or data.num_data))
         potentials: dict[int, Potential] = {}
-        done = 0
+        steps, cut = 0, []
         with tqdm(total=self.num_steps * len(groups), desc="steps", disable=not self.progress) as bar:
             for number, group in enumerate(groups):
                 size = group.stop - group.start
@@ -107,10 +108,13 @@ class MoreSteps:
                     potentials[size] = potential_of_program(posterior.energy.program, data, size)
                 start = potentials[size].layout.join({name: value[group] for name, value in flat.items()})
                 chains = self._moved(potentials[size], data, start, number, bar)
-                done = chains.number
+                steps = chains.number
+                if CLIPPED in chains.state:
+                    cut.append(chains.state[CLIPPED])
                 for name, value in chains.params().items():
                     found[name][group] = value
-        return {name: value.unflatten(0, lead) for name, value in found.items()}, done
+        said = {"steps": steps, **({"clipped": float(torch.cat(cut).mean())} if cut else {})}
+        return {name: value.unflatten(0, lead) for name, value in found.items()}, said
 
     def _moved(self, potential: Potential, data: Data, start: Tensor, group: int, bar: Any) -> Chains:
         """One group of draws after its steps."""

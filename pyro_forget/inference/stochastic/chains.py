@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from pyro_forget.data import Batch, Data
-from pyro_forget.effects.adoption import prior_latents
 from pyro_forget.effects.noise import seeded
 from pyro_forget.effects.run import Latents
 from pyro_forget.inference.stochastic.control import SVRG, FixedMode
 from pyro_forget.inference.stochastic.failure import Diverged, suggested_size
 from pyro_forget.inference.stochastic.potential import Potential
-from pyro_forget.inference.stochastic.rule import POSITION, PRECISION, Move, Normals, Rule, State
+from pyro_forget.inference.stochastic.rule import CLIPPED, POSITION, PRECISION, Move, Normals, Rule, State
+from pyro_forget.inference.stochastic.start import starts
 from pyro_forget.inference.stochastic.stream import BatchStream
 from pyro_forget.params import Params
 
@@ -41,7 +41,8 @@ class Chains:
         energy: U where the last step began, estimated from its batch, (chain,), nats; NaN before the first step.
         statistics: of the last step that was measured, (chain,) each: the energy and the batch's gradient where it
             began, its size, and two temperatures, which are 1 on average under the posterior: configurational, the
-            mean of θ·∇U over the entries, and kinetic, that of v M⁻¹ v after the step.
+            mean of θ·∇U over the entries, and kinetic, that of v M⁻¹ v after the step; where gradients are cut to a
+            length, the share of steps after the warm-up that were.
 
     Raises:
         ValueError: the data have fewer rows than a batch, or settings and model do not fit.
@@ -63,6 +64,8 @@ class Chains:
         position = self._first_position()
         self._noise = Normals(position, seeded(position.device, seed, 1))
         self.state: State = {POSITION: position, **rule.start(position, self._noise, potential.layout)}
+        if rule.max_gradient_norm is not None:
+            self.state[CLIPPED] = torch.zeros(self.num_chains, dtype=torch.float64, device=position.device)
         self._start_prior()
         self._start_control()
         self.number = 0
@@ -96,6 +99,7 @@ class Chains:
         self._control(batch, gradient)
         if measure:
             self._measure(position, gradient)
+        self._shorten(gradient, measure)
         size = schedule.step_size(self.number)
         move = Move(
             number=self.number,
@@ -200,6 +204,17 @@ class Chains:
             "gradient_norm": layout.dot(gradient, gradient).sqrt(),
         }
 
+    def _shorten(self, gradient: Tensor, measure: bool) -> None:
+        """Cut long gradients, and count that after the warm-up."""
+        if self.rule.max_gradient_norm is None:
+            return
+        shortened = self.potential.layout.shorten(gradient, self.rule.max_gradient_norm)
+        steps = self.number + 1 - self.num_warmup
+        if steps > 0:
+            self.state[CLIPPED].lerp_(shortened.double(), 1 / steps)
+        if measure:
+            self.statistics["clipped"] = self.state[CLIPPED].clone()
+
     def _start_prior(self) -> None:
         if self.rule.hyperprior is None:
             return
@@ -250,30 +265,3 @@ class Chains:
         size = self.rule.schedule.step_size(max(self.number - 1, 0))
         position, batch = self._first_position(), next(self.data.batches())
         return Diverged(self.number, size, suggested_size(self.rule, size, self.potential, position, batch))
-
-
-def starts(potential: Potential, data: Data, seed: int, start: Mapping[str, Tensor] | None) -> Latents:
-    """Where chains start, constrained, (chain, *site).
-
-    Raises:
-        ValueError: `start` has other sites or shapes.
-    """
-    num_chains = potential.layout.num_chains
-    if start is None:
-        batch = next(data.batches())
-        seeds = [seeded(torch.device("cpu"), seed, 2, chain).initial_seed() for chain in range(num_chains)]
-        drawn = [prior_latents(potential.program, batch, chain) for chain in seeds]
-        return {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
-    known = prior_latents(potential.program, next(data.batches()))
-    if set(start) != set(known):
-        raise ValueError(f"`start` must have the model's latents {sorted(known)}, got {sorted(start)}.")
-    found = {}
-    for name, like in known.items():
-        value = torch.as_tensor(start[name]).to(like)
-        if value.shape not in (like.shape, (num_chains, *like.shape)):
-            raise ValueError(
-                f"`start` has shape {tuple(value.shape)} for '{name}': {tuple(like.shape)}, or the same after the "
-                f"{num_chains} chains, is needed."
-            )
-        found[name] = value.expand(num_chains, *like.shape).clone()
-    return found

@@ -29,6 +29,7 @@ class Diagnostics:
         configurational_temperature: the same.
         gradient_noise_scale: tr Cov(batch gradient)/|gradient|² at the end, mean over chains; None where infinite.
         warnings: what a reader should know.
+        clipped: share of the steps after the warm-up whose gradient was cut to a length; None where none ever is.
     """
 
     num_draws: int
@@ -40,6 +41,7 @@ class Diagnostics:
     configurational_temperature: float | None
     gradient_noise_scale: float | None
     warnings: tuple[str, ...]
+    clipped: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -57,6 +59,7 @@ def diagnose(tree: DataTree, noise_scale: float | None) -> Diagnostics:
             rhats.append(np.max(array_stats.rhat(values, chain_axis=1, draw_axis=2)))
         bulks.append(np.min(array_stats.ess(values, chain_axis=1, draw_axis=2, method="bulk")))
         tails.append(np.min(array_stats.ess(values, chain_axis=1, draw_axis=2, method="tail", prob=_TAILS)))
+    clipped = _number(stats["clipped"][:, -1].mean()) if "clipped" in stats and num_draws else None
     return Diagnostics(
         num_draws=num_draws,
         num_monitored=monitored,
@@ -66,7 +69,8 @@ def diagnose(tree: DataTree, noise_scale: float | None) -> Diagnostics:
         kinetic_temperature=_mean(stats, "kinetic_temperature"),
         configurational_temperature=_mean(stats, "configurational_temperature"),
         gradient_noise_scale=noise_scale,
-        warnings=tuple(_warnings(num_chains, num_draws, rhats)),
+        warnings=(*_warnings(num_chains, num_draws, rhats), *_law_warnings(clipped)),
+        clipped=clipped,
     )
 
 
@@ -79,6 +83,14 @@ def _warnings(num_chains: int, num_draws: int, rhats: list[Any]) -> Iterator[str
         yield "R-hat is undefined: an entry did not move in half of a chain; raise `thin` or the step size."
     elif np.max(rhats) > _MIXED:
         yield f"R-hat is {np.max(rhats):.3f}, above {_MIXED}: the chains have not mixed; raise `num_samples` or `thin`."
+
+
+def _law_warnings(clipped: float | None) -> Iterator[str]:
+    if clipped:
+        yield (
+            f"At {clipped:.2%} of the steps the gradient was cut to `max_gradient_norm`: there the chains follow "
+            "another law than the posterior; raise it, or start nearer to a mode."
+        )
 
 
 def _entries(posterior: Dataset) -> Iterator[np.ndarray]:

@@ -80,6 +80,16 @@ class Layout:
         pairs = zip(self.pieces(left), self.pieces(right), strict=True)
         return torch.stack([_row_products(one, other) for one, other in pairs]).double().sum(0)
 
+    def shorten(self, flat: Tensor, most: float) -> Tensor:
+        """Cut each chain's part of `flat`, in place, to a Euclidean length of `most`; which were cut, (chain,)."""
+        lengths = self.dot(flat, flat).sqrt()
+        longer = lengths > most
+        if bool(longer.any()):
+            factors = torch.where(longer, most / lengths, 1.0).to(flat)
+            for piece in self.pieces(flat):
+                piece.mul_(factors[:, None])
+        return longer
+
     def _parts(self, values: Mapping[str, Tensor]) -> list[Tensor]:
         """Each site's entries in the order in which they are kept, flat."""
         parts = [values[name].mT if name in self.turned else values[name] for name in self.shapes]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_forget.inference.stochastic.control import Control
 from pyro_forget.inference.stochastic.layout import Layout
-from pyro_forget.inference.stochastic.rule import POSITION, Move, Normals, State, check_batch_size
+from pyro_forget.inference.stochastic.rule import POSITION, Move, Normals, State, check_batch_size, check_norm
 from pyro_forget.inference.stochastic.schedule import Schedule, as_schedule
 
 _SQUARE = "mean_square"
@@ -30,6 +30,7 @@ class PSGLD:
         correction: whether to add Γ; a step then costs about three gradients.
         batch_size: rows a step; None for all.
         control: a control variate.
+        max_gradient_norm: length to which longer gradients are cut, which changes the law; None for none.
 
     References:
         Li, Chen, Carlson and Carin (2016), Preconditioned stochastic gradient Langevin dynamics for deep neural
@@ -42,12 +43,14 @@ class PSGLD:
     correction: bool = False
     batch_size: int | None = 128
     control: Control | None = None
+    max_gradient_norm: float | None = None
 
     preconditioned = True
     hyperprior = None
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
+        check_norm(self.max_gradient_norm)
         _ = self.schedule
         if not 0 <= self.decay < 1 or not self.floor > 0:
             raise ValueError(

@@ -14,7 +14,7 @@ from pyro_forget.inference.stochastic.schedule import Schedule
 # Tensors by name: flat arrays as `Layout` says, "position" among them, and what else the rule keeps for each chain.
 State = dict[str, Tensor]
 
-POSITION, MOMENTUM, PRECISION = "position", "momentum", "prior_precision"
+POSITION, MOMENTUM, PRECISION, CLIPPED = "position", "momentum", "prior_precision", "clipped"
 
 
 class Normals:
@@ -80,6 +80,15 @@ class Rule(Protocol):
         ...
 
     @property
+    def max_gradient_norm(self) -> float | None:
+        """Euclidean length to which a chain's longer gradients are cut; None for none.
+
+        Where it bites, the chain follows another law than the posterior, one with heavier tails: the share of such
+        steps is among the statistics. It is of ∇U for all N rows, noise of the batch included, in unconstrained space.
+        """
+        ...
+
+    @property
     def preconditioned(self) -> bool:
         """Whether gradients are rescaled, so that the largest curvature says nothing of the step size."""
         ...
@@ -111,6 +120,12 @@ def check_batch_size(size: int | None) -> None:
     """Raise for a size that no batch has."""
     if size is not None and size < 1:
         raise ValueError(f"`batch_size` must be at least 1, or None for all rows at every step, got {size}.")
+
+
+def check_norm(norm: float | None) -> None:
+    """Raise for a length that no gradient can be cut to."""
+    if norm is not None and not norm > 0:
+        raise ValueError(f"`max_gradient_norm` must be positive, or None for gradients of any length, got {norm}.")
 
 
 def check_share(value: float, name: str) -> None:

@@ -162,6 +162,8 @@ class _Run:
         chains, names = self.chains, ["energy", "step_size", "configurational_temperature", "gradient_norm"]
         if chains.rule.kinetic_temperature(chains.state, 1.0, chains.potential.layout) is not None:
             names.append("kinetic_temperature")
+        if chains.rule.max_gradient_norm is not None:
+            names.append("clipped")
         return {name: torch.zeros(chains.num_chains, dtype=torch.float64) for name in names}
 
 

@@ -15,6 +15,7 @@ from pyro_forget.inference.stochastic.rule import (
     Normals,
     State,
     check_batch_size,
+    check_norm,
     check_share,
 )
 from pyro_forget.inference.stochastic.schedule import Schedule, as_schedule
@@ -52,6 +53,7 @@ class ScaleAdaptedSGHMC:
         floor: of √V, relative to its root mean square over the site.
         batch_size: rows a step; None for all.
         control: a control variate.
+        max_gradient_norm: length to which longer gradients are cut, which changes the law; None for none.
 
     References:
         Springenberg, Klein, Falkner and Hutter (2016), Bayesian optimization with robust Bayesian neural networks,
@@ -68,12 +70,14 @@ class ScaleAdaptedSGHMC:
     floor: float = 0.1
     batch_size: int | None = 128
     control: Control | None = None
+    max_gradient_norm: float | None = None
 
     preconditioned = True
     needs_diagonal = False
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
+        check_norm(self.max_gradient_norm)
         check_share(self.friction, "friction")
         check_share(self.noise_share, "noise_share")
         check_share(self.floor, "floor")

@@ -15,6 +15,7 @@ from pyro_forget.inference.stochastic.rule import (
     Normals,
     State,
     check_batch_size,
+    check_norm,
     check_share,
 )
 from pyro_forget.inference.stochastic.schedule import Schedule, as_schedule
@@ -30,6 +31,7 @@ class SGHMC:
         noise_estimate: β, what the gradient noise already contributes: η/2 times the variance of a batch's gradient.
         batch_size: rows a step; None for all.
         control: a control variate.
+        max_gradient_norm: length to which longer gradients are cut, which changes the law; None for none.
 
     References:
         Chen, Fox and Guestrin (2014), Stochastic gradient Hamiltonian Monte Carlo, eq. 15.
@@ -40,6 +42,7 @@ class SGHMC:
     noise_estimate: float = 0.0
     batch_size: int | None = 128
     control: Control | None = None
+    max_gradient_norm: float | None = None
 
     preconditioned = False
     needs_diagonal = False
@@ -47,6 +50,7 @@ class SGHMC:
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
+        check_norm(self.max_gradient_norm)
         check_share(self.friction, "friction")
         _ = self.schedule
         if not 0 <= self.noise_estimate < self.friction:

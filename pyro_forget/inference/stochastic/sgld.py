@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_forget.inference.stochastic.control import Control
 from pyro_forget.inference.stochastic.layout import Layout
-from pyro_forget.inference.stochastic.rule import POSITION, Move, Normals, State, check_batch_size
+from pyro_forget.inference.stochastic.rule import POSITION, Move, Normals, State, check_batch_size, check_norm
 from pyro_forget.inference.stochastic.schedule import Schedule, as_schedule
 
 
@@ -23,6 +23,7 @@ class SGLD:
         step_size: ε, or a schedule; stable below 2/(largest curvature).
         batch_size: rows a step; None for all.
         control: a control variate.
+        max_gradient_norm: length to which longer gradients are cut, which changes the law; None for none.
 
     References:
         Welling and Teh (2011), Bayesian learning via stochastic gradient Langevin dynamics, eq. 4.
@@ -31,6 +32,7 @@ class SGLD:
     step_size: float | Schedule
     batch_size: int | None = 128
     control: Control | None = None
+    max_gradient_norm: float | None = None
 
     preconditioned = False
     needs_diagonal = False
@@ -38,6 +40,7 @@ class SGLD:
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
+        check_norm(self.max_gradient_norm)
         _ = self.schedule
 
     @property

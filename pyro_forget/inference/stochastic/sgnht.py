@@ -14,6 +14,7 @@ from pyro_forget.inference.stochastic.rule import (
     Normals,
     State,
     check_batch_size,
+    check_norm,
     check_share,
 )
 from pyro_forget.inference.stochastic.schedule import Schedule, as_schedule
@@ -33,6 +34,7 @@ class SGNHT:
         friction: a, in (0, 1]; where ξ starts.
         batch_size: rows a step; None for all.
         control: a control variate.
+        max_gradient_norm: length to which longer gradients are cut, which changes the law; None for none.
 
     References:
         Ding, Fang, Babbush, Chen, Skeel and Neven (2014), Bayesian sampling using stochastic gradient thermostats,
@@ -43,6 +45,7 @@ class SGNHT:
     friction: float = 0.1
     batch_size: int | None = 128
     control: Control | None = None
+    max_gradient_norm: float | None = None
 
     preconditioned = False
     needs_diagonal = False
@@ -50,6 +53,7 @@ class SGNHT:
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
+        check_norm(self.max_gradient_norm)
         check_share(self.friction, "friction")
         _ = self.schedule
 
