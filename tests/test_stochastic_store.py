@@ -15,10 +15,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 from torch import Tensor
 
 from pyro_forget import SampledPosterior
 from pyro_forget.data import Data
+from pyro_forget.export import from_netcdf
 from pyro_forget.inference.stochastic import (
     SGHMC,
     SGLD,
@@ -251,6 +253,60 @@ def test_the_tree_is_what_arviz_knows(tmp_path):
     assert np.isfinite(tree["sample_stats"]["energy"]).all()
 
 
+def test_a_netcdf_file_is_the_same_tree(tmp_path, monkeypatch):
+    """Written in several blocks, the last one shorter, under the names that zarr has."""
+    monkeypatch.setattr(archives, "_MAX_BLOCK", 4)
+    sampling = sampled(tmp_path / "store", SGHMC(1e-5, batch_size=8), scoped_model)
+    path = sampling.to_netcdf(tmp_path / "draws.nc")
+    assert path == tmp_path / "draws.nc" and {file.name for file in tmp_path.iterdir()} == {"store", "draws.nc"}
+    again = from_netcdf(path)
+    xr.testing.assert_identical(again, sampling.tree.load())
+    assert set(again.children) == {"posterior", "sample_stats", "constant_data"}
+    assert set(again["posterior"].data_vars) == {"net.scale", "net.w"}
+
+
+def test_a_netcdf_file_of_a_run_that_was_stopped(tmp_path, monkeypatch):
+    """As many draws as count; before the first there is nothing to write."""
+    monkeypatch.setattr(archives, "_MAX_BLOCK", 4)
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 11 + 3 * 9, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sampled(tmp_path / "part")
+    tree = from_netcdf(Sampling.open(tmp_path / "part").to_netcdf(tmp_path / "part.nc"))
+    assert tree["posterior"].sizes["draw"] == tree["sample_stats"].sizes["draw"] == 8
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 2, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sampled(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"holds no draws yet: go on with"):
+        Sampling.open(tmp_path / "none").to_netcdf(tmp_path / "none.nc")
+
+
+def test_a_netcdf_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    sampling = sampled(tmp_path / "store")
+
+    def full(self, *args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("h5netcdf.Group.create_variable", full)
+    with pytest.raises(OSError, match="No space left"):
+        sampling.to_netcdf(tmp_path / "draws.nc")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_memory_of_a_netcdf_file_does_not_grow_with_the_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_MAX_BLOCK", 16)
+    peaks = []
+    for num_samples in (100, 400):
+        sampling = sampled(tmp_path / str(num_samples), model=wide_model, num_samples=num_samples, thin=1)
+        sampling.to_netcdf(tmp_path / "warm.nc")
+        tracemalloc.start()
+        sampling.to_netcdf(tmp_path / "draws.nc")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.25 * peaks[0] + 100_000 < 400 * 2 * 500 * 8
+
+
 def test_the_draws_become_a_posterior(tmp_path):
     sampling = sampled(tmp_path / "store")
     posterior = sampling.posterior(linear_model, rows())
@@ -262,6 +318,12 @@ def test_the_draws_become_a_posterior(tmp_path):
         sampling.posterior(linear_model, rows(), num_draws=24)
     with pytest.raises(ValueError, match="other ids"):
         sampling.posterior(linear_model, rows().split(range(39))[0])
+
+
+def wide_model(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(500), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w[:3], 0.8), obs=y)
 
 
 def scoped_model(x: Tensor, y: Tensor) -> None:

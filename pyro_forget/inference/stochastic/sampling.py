@@ -15,6 +15,7 @@ from xarray import DataTree
 from pyro_forget.data import Data
 from pyro_forget.inference.stochastic.archive import DRAWS, Archive, stored_name
 from pyro_forget.inference.stochastic.diagnostics import Diagnostics
+from pyro_forget.inference.stochastic.netcdf import write_netcdf
 from pyro_forget.posterior import SampledPosterior
 
 
@@ -63,6 +64,18 @@ class Sampling:
             return None
         found = json.loads(text)
         return Diagnostics(**{**found, "warnings": tuple(found["warnings"])})
+
+    def to_netcdf(self, path: str | Path) -> Path:
+        """Write the groups of `tree` to one netCDF-4 file, for programs that do not read zarr; `path`.
+
+        The file is whole or not there at all, and memory does not grow with the draws.
+
+        Raises:
+            ValueError: no draw is written yet.
+        """
+        if not self.num_draws:
+            raise ValueError(f"{self.path} holds no draws yet: go on with `sample_posterior(..., resume=True)`.")
+        return write_netcdf(self.tree, path)
 
     def posterior(self, model: Callable[..., Any], data: Data, num_draws: int | None = None) -> SampledPosterior:
         """The draws as a posterior; `num_draws` of each chain, evenly spread, or all. No other draw is read.
