@@ -27,6 +27,10 @@ class Images:
     x_test: Tensor
     y_test: Tensor
 
+    def to(self, device: str) -> "Images":
+        """The same on this device."""
+        return Images(*(part.to(device) for part in (self.x, self.y, self.x_test, self.y_test)))
+
     def subset(self, num_train: int, num_test: int, seed: int) -> "Images":
         """So many of each, chosen at random."""
         generator = torch.Generator().manual_seed(seed)

@@ -96,13 +96,3 @@ def check_choices(settings: Any, allowed: Mapping[str, Sequence[str]]) -> None:
     for name, choices in allowed.items():
         if getattr(settings, name) not in choices:
             raise ValueError(f"`{name}` is {getattr(settings, name)!r}: choose from {', '.join(choices)}.")
-
-
-def check_cpu(device: str) -> None:
-    """Refuse another device where a study does not move its data yet, instead of running elsewhere than asked.
-
-    Raises:
-        ValueError: it is not the CPU.
-    """
-    if device != "cpu":
-        raise ValueError(f"This study runs on the CPU alone, got --device {device}: leave the option out.")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from experiments.fashion_mnist.figures import Cell, compared, summarise, table
-from experiments.fashion_mnist.settings import Settings
+from experiments.fashion_mnist.fits import fitted, initial_means
+from experiments.fashion_mnist.settings import Settings, Task
 from experiments.fashion_mnist.study import run
 from experiments.images import load_images
 from pyro_forget.store import save_json
@@ -83,6 +84,53 @@ def test_cells_share_a_fit_and_are_compared_with_refits(fit: str, root: Path, tm
     for method in ("before", "default", "published", "finetune", "retrain"):
         assert f"| fashion_mnist-mlp-{fit} | 10 | {method} |" in text
     assert (tmp_path / "fashion_mnist" / f"fashion_mnist-mlp-{fit}.png").stat().st_size > 10_000
+
+
+def test_images_go_to_the_device_and_ids_do_not(root: Path) -> None:
+    """On the device without values, which every machine has."""
+    here = replace(SMALL, data_root=str(root)).task(0)
+    there = here.to("meta")
+    images = there.images
+    assert {part.device.type for part in (images.x, images.y, images.x_test, images.y_test)} == {"meta"}
+    (batch,) = there.data.split(there.erased)[0].batches()
+    assert {value.device.type for value in batch.args} == {"meta"}
+    assert torch.equal(there.erased, here.erased) and torch.equal(there.retained, here.retained)
+
+
+def test_a_fit_starts_from_the_same_values_on_every_device() -> None:
+    site = {"fn": torch.distributions.Normal(torch.zeros(3, 2), 1.0)}
+    there = {"fn": torch.distributions.Normal(torch.zeros(3, 2, device="meta"), 1.0, validate_args=False)}
+    states = []
+    for one in (site, there):
+        torch.manual_seed(3)
+        assert initial_means(one).device == one["fn"].mean.device
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_the_study_runs_on_the_device_that_is_asked_for(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(Task, "to", lambda task, device: asked.append(device) or task)
+    folder = tmp_path / "svi" / "before" / "seed0"
+    folder.mkdir(parents=True)
+    run(replace(SMALL, data_root=str(root), method="before", num_steps=2), 0, "abacus", folder)
+    assert asked == ["abacus"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", ["mlp", "lenet"])
+@pytest.mark.parametrize("fit", ["svi", "sgld"])
+def test_the_study_on_a_device(fit: str, net: str, root: Path, tmp_path: Path) -> None:
+    own = replace(SMALL, fit=fit, net=net, data_root=str(root), num_draws=3, thin=2)
+    for method in ("before", "default", "finetune", "published", "retrain"):
+        folder = tmp_path / fit / method / "seed0"
+        folder.mkdir(parents=True)
+        found = run(replace(own, method=method), 0, "cuda", folder)
+        assert 0 <= found["error_test"] <= 1
+    task = own.task(0).to("cuda")
+    assert {value.device.type for value in fitted(own, task.data, 0).params.values()} == {"cuda"}
 
 
 def made_up(method: str, seed: int, log_probs: Tensor) -> Cell:

@@ -45,7 +45,7 @@ def kept(settings: Settings, data: Data, seed: int, folder: Path) -> Posterior:
 def _svi(settings: Settings, data: Data, seed: int) -> VariationalPosterior:
     pyro.clear_param_store()
     model = local_reparametrization(settings.model)
-    guide = MeanField(model, init_loc_fn=_start, init_scale=0.5 * settings.prior_std)
+    guide = MeanField(model, init_loc_fn=initial_means, init_scale=0.5 * settings.prior_std)
     return fit_guide(
         model,
         guide,
@@ -80,6 +80,7 @@ def _rule(settings: Settings, num_data: int) -> Rule:
     return SGHMC(schedule, friction=settings.friction, batch_size=BATCH_SIZE)
 
 
-def _start(site: dict[str, Any]) -> Tensor:
-    """Means that differ between the units of a layer."""
-    return INITIAL_STD * torch.randn(site["fn"].shape())
+def initial_means(site: dict[str, Any]) -> Tensor:
+    """Means that differ between the units of a layer; of the guide at this site, the same on every device."""
+    like = site["fn"].mean
+    return (INITIAL_STD * torch.randn(like.shape)).to(like.device)

@@ -76,17 +76,21 @@ class Task:
     """Images, and those to be erased.
 
     Attributes:
-        images: as the network takes them.
-        erased: ids of the training images that go.
+        images: as the network takes them; all that is fitted to them is where they are.
+        erased: ids of the training images that go, on the CPU.
     """
 
     images: Images
     erased: Tensor
 
+    def to(self, device: str) -> "Task":
+        """The same images on this device."""
+        return replace(self, images=self.images.to(device))
+
     @property
     def data(self) -> Data:
         """The model's call."""
-        return Data.of((self.images.x, self.images.y), batch_size=2_000)
+        return Data.of((self.images.x, self.images.y), batch_size=2_000).to(self.images.x.device)
 
     @property
     def retained(self) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from experiments.fashion_mnist.fits import fitted, kept
 from experiments.fashion_mnist.settings import Settings, Task
-from experiments.words import check_cpu
 from pyro_forget.data import Data
 from pyro_forget.evaluation import error_rate, mean_log_probs, threshold_attack, true_class_probability
 from pyro_forget.forgetters import Finetune, Influence, Transport
@@ -26,8 +25,7 @@ NUM_RETAINED = 2_000  # of the retained images, those that are looked at
 
 def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, Any]:
     """Fit a Bayesian network to images, make it forget some of one class, and keep its predictions."""
-    check_cpu(device)
-    task = settings.task(0)
+    task = settings.task(0).to(device)
     erased, retained = task.data.split(task.erased)
     said: dict[str, Any] = {}
     begun = time.perf_counter()

@@ -25,7 +25,7 @@ class Centres:
 
     def order_like(self, other: "Centres") -> Tensor:
         """The order of these components that is closest to the other's: labels mean nothing in a mixture."""
-        _, order = linear_sum_assignment(torch.cdist(other.loc, self.loc).numpy())
+        _, order = linear_sum_assignment(torch.cdist(other.loc, self.loc).cpu().numpy())
         return torch.as_tensor(order)
 
 

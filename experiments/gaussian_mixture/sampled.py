@@ -100,6 +100,6 @@ class Sampled:
         return draws, posterior.log_weights.flatten().exp()
 
     def _log_density(self, draws: Tensor, weights: Tensor, points: Tensor) -> Tensor:
-        zero = torch.zeros(2, dtype=draws.dtype)
+        zero = draws.new_zeros(2)
         by_draw = torch.stack([self.model.log_density(centres, zero, points) for centres in draws])
         return (by_draw + weights.log()[:, None]).logsumexp(0)

@@ -7,14 +7,12 @@ from typing import Any
 from experiments.gaussian_mixture.fit import Fit
 from experiments.gaussian_mixture.settings import Settings
 from experiments.gaussian_mixture.task import Task
-from experiments.words import check_cpu
 from pyro_forget.forgetting import forget
 
 
 def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, Any]:
     """Fit a mixture of Gaussians, make it forget, and compare it with two fits without the erased points."""
-    check_cpu(device)
-    task, fit = settings.task(seed), settings.fitting()
+    task, fit = settings.task(seed).to(device), settings.fitting()
     _, retained = task.data.split(task.erased)
     before = fit.fitted(task.data, seed)
     refit, again = (fit.fitted(retained, 1_000 * (seed + 1) + place) for place in range(2))

@@ -1,7 +1,7 @@
 """The points, and which of them go."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ class Task:
     """Points in the plane, and those to be erased.
 
     Attributes:
-        points: float64, shape (point, 2).
+        points: float64, shape (point, 2); all that is fitted to them is where they are.
         component: which each came from, int64, shape (point,).
-        erased: ids in the order in which they go.
+        erased: ids in the order in which they go, on the CPU.
     """
 
     points: Tensor
@@ -54,10 +54,14 @@ class Task:
         points = centres[component] + torch.randn(num_points, 2, generator=generator, dtype=torch.float64)
         return Task(points, component, _spoiled(points, component, num_erased, seed))
 
+    def to(self, device: str) -> "Task":
+        """The same points on this device."""
+        return replace(self, points=self.points.to(device))
+
     @property
     def data(self) -> Data:
         """The model's call."""
-        return Data(self.points)
+        return Data(self.points).to(self.points.device)
 
     @property
     def retained(self) -> Tensor:
@@ -69,8 +73,8 @@ class Task:
     @staticmethod
     def start(rows: Tensor, seed: int, num_components: int) -> Tensor:
         """Initial centres, shape (component, 2), by k-means++ (Arthur and Vassilvitskii 2007)."""
-        centres, _ = kmeans_plusplus(rows.numpy(), num_components, random_state=seed)
-        return torch.as_tensor(centres)
+        centres, _ = kmeans_plusplus(rows.cpu().numpy(), num_components, random_state=seed)
+        return torch.as_tensor(centres).to(rows)
 
 
 def _spoiled(points: Tensor, component: Tensor, num_erased: int, seed: int) -> Tensor:
