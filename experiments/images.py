@@ -32,7 +32,14 @@ class Images:
         return Images(*(part.to(device) for part in (self.x, self.y, self.x_test, self.y_test)))
 
     def subset(self, num_train: int, num_test: int, seed: int) -> "Images":
-        """So many of each, chosen at random."""
+        """So many of each, chosen at random.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        for name, wanted, there in (("train", num_train, len(self.y)), ("test", num_test, len(self.y_test))):
+            if wanted > there:
+                raise ValueError(f"The data have {there} images to {name}: --num-{name} {wanted} is more.")
         generator = torch.Generator().manual_seed(seed)
         train = torch.randperm(len(self.y), generator=generator)[:num_train]
         test = torch.randperm(len(self.y_test), generator=generator)[:num_test]

@@ -14,7 +14,7 @@ from experiments.fashion_mnist.fits import fitted, initial_means
 from experiments.fashion_mnist.settings import Settings, Task
 from experiments.fashion_mnist.study import run
 from experiments.images import load_images
-from pyro_forget.store import save_json
+from pyro_forget.store import load_json, save_json
 
 SMALL = Settings(num_train=300, num_test=50, num_steps=60, num_erased=10, finetune_steps=10, recursion_steps=4)
 
@@ -37,6 +37,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images[np.arange(count), 2 * labels + 3] = 255
         write_idx(raw / f"{part}-images-idx3-ubyte.gz", images)
         write_idx(raw / f"{part}-labels-idx1-ubyte.gz", labels)
+    (folder / "MNIST").symlink_to(folder / "FashionMNIST")
+    colours = folder / "cifar10-jpeg"
+    colours.mkdir()
+    held = {}
+    for part, count in (("train", 120), ("test", 30)):
+        held[f"x_{part}"] = generator.integers(0, 120, (count, 32, 32, 3), dtype=np.uint8)
+        held[f"y_{part}"] = np.arange(count, dtype=np.uint8) % 10
+        held[f"x_{part}"][np.arange(count), 2 * held[f"y_{part}"] + 3, :, 1] = 255
+    np.savez(colours / "cifar10_jpegq75_10k_2k.npz", **held)
     return folder
 
 
@@ -60,6 +69,21 @@ def test_images_are_read_as_they_lie(root: Path) -> None:
     assert (len(some.y), len(some.y_test)) == (30, 5)
     rows = some.x[:, 0].mean(-1).argmax(-1)
     assert torch.equal((rows - 3) // 2, some.y)
+
+
+def test_colour_images_are_read_as_they_lie(root: Path) -> None:
+    images = load_images("cifar10", root)
+    assert images.x.shape == (120, 3, 32, 32) and images.x_test.shape == (30, 3, 32, 32)
+    assert float(images.x.max()) == 1.0
+    rows = images.x[:, 1].mean(-1).argmax(-1)
+    assert torch.equal((rows - 3) // 2, images.y)
+
+
+@pytest.mark.parametrize(("data", "net"), [("mnist", "mlp"), ("mnist", "lenet"), ("cifar10", "mlp")])
+def test_every_network_takes_the_images_of_its_data(data: str, net: str, root: Path, tmp_path: Path) -> None:
+    own = replace(SMALL, data=data, net=net, num_train=110, num_test=20, num_steps=3, data_root=str(root))
+    folder = cell(replace(own, method="before"), 0, tmp_path)
+    assert 0 <= load_json(folder / "result.json")["error_test"] <= 1
 
 
 def test_images_that_are_not_there_say_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +183,9 @@ def test_settings_that_make_no_sense_are_refused(root: Path) -> None:
         replace(SMALL, net="vgg")
     with pytest.raises(ValueError, match="--num-erased 200 is more"):
         replace(SMALL, num_erased=200, data_root=str(root)).task(0)
+    with pytest.raises(ValueError, match="have 400 images to train: --num-train 500 is more"):
+        replace(SMALL, num_train=500, data_root=str(root)).task(0)
+    with pytest.raises(ValueError, match="have 60 images to test: --num-test 70 is more"):
+        replace(SMALL, num_test=70, data_root=str(root)).task(0)
+    with pytest.raises(ValueError, match="three channels: use --net mlp"):
+        replace(SMALL, data="cifar10", net="lenet")

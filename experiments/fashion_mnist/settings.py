@@ -12,19 +12,20 @@ from pyro_forget.data import Data
 from pyro_forget.models import MLP, LeNet
 
 ALLOWED = {
-    "data": ("fashion_mnist", "mnist"),
+    "data": ("fashion_mnist", "mnist", "cifar10"),
     "net": ("mlp", "lenet"),
     "fit": ("svi", "sgld", "sghmc"),
     "method": ("before", "default", "published", "finetune", "retrain"),
 }
+NUM_PIXELS = {"fashion_mnist": 28 * 28, "mnist": 28 * 28, "cifar10": 3 * 32 * 32}
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a cell depends on, apart from its seed."""
 
-    data: str = option("fashion_mnist", "fashion_mnist or mnist.")
-    net: str = option("mlp", "mlp (784-128-10) or lenet.")
+    data: str = option("fashion_mnist", "fashion_mnist, mnist or cifar10 (10,000 images, JPEG).")
+    net: str = option("mlp", "mlp (784-128-10; 3072-128-10 for cifar10) or lenet, for grey images.")
     fit: str = option("svi", "svi, sgld or sghmc.")
     method: str = option("default", "before, default, published, finetune or retrain.")
     num_erased: int = option(200, "Images of class 0 that go, the first of a random order.")
@@ -47,11 +48,15 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse what would only fail after the fit."""
         check_choices(self, ALLOWED)
+        if (self.data, self.net) == ("cifar10", "lenet"):
+            raise ValueError("LeNet takes grey images, those of cifar10 have three channels: use --net mlp.")
 
     @property
     def model(self) -> MLP | LeNet:
         """The network."""
-        return MLP((784, 128, 10), self.prior_std) if self.net == "mlp" else LeNet(prior_std=self.prior_std)
+        if self.net == "lenet":
+            return LeNet(prior_std=self.prior_std)
+        return MLP((NUM_PIXELS[self.data], 128, 10), self.prior_std)
 
     def task(self, seed: int) -> "Task":
         """The images, and which go."""
