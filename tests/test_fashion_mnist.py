@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from experiments.fashion_mnist.figures import Cell, compared, summarise, table
-from experiments.fashion_mnist.fits import fitted, initial_means
-from experiments.fashion_mnist.settings import Settings, Task
+from experiments.fashion_mnist.fits import fitted, initial_means, rule
+from experiments.fashion_mnist.settings import PRESETS, Settings, Task
 from experiments.fashion_mnist.study import run
 from experiments.images import load_images
+from pyro_forget.inference.recursion import Recursion
 from pyro_forget.store import load_json, save_json
 
 SMALL = Settings(num_train=300, num_test=50, num_steps=60, num_erased=10, finetune_steps=10, recursion_steps=4)
@@ -84,6 +85,39 @@ def test_every_network_takes_the_images_of_its_data(data: str, net: str, root: P
     own = replace(SMALL, data=data, net=net, num_train=110, num_test=20, num_steps=3, data_root=str(root))
     folder = cell(replace(own, method="before"), 0, tmp_path)
     assert 0 <= load_json(folder / "result.json")["error_test"] <= 1
+
+
+def test_the_published_recursion_has_its_scaling_by_fit() -> None:
+    scalings = {fit: replace(SMALL, fit=fit).recursion.scaling for fit in ("svi", "sgld", "sghmc")}
+    assert scalings == {"svi": 0.1, "sgld": 0.005, "sghmc": 0.05}
+    assert replace(SMALL, fit="sgld", scaling=0.3).recursion.scaling == 0.3
+
+
+def test_the_full_preset_is_the_published_one() -> None:
+    full = PRESETS["full"]
+    assert full.recursion == Recursion(scaling=0.1, num_steps=64, batch_size=128, num_draws=5, chunk=64)
+    sgld, sghmc = (rule(replace(full, fit=fit), 60_000) for fit in ("sgld", "sghmc"))
+    for sampler in (sgld, sghmc):
+        assert sampler.batch_size == 128
+        sizes = [60_000 * sampler.schedule.step_size(step) for step in (0, 3, 99)]
+        assert sizes == pytest.approx([0.5, 0.25, 0.05])
+    assert sghmc.friction == 0.4
+
+
+def test_a_small_image_is_enlarged_for_lenet(root: Path) -> None:
+    images = replace(SMALL, net="lenet", data_root=str(root)).task(0).images
+    assert images.x.shape == (300, 1, 32, 32)
+    assert float(images.x.min()) >= -0.5 and float(images.x.max()) <= 0.5
+    rows = images.x[:, 0].mean(-1).argmax(-1)
+    assert int(((rows * 28 / 32 - 3) / 2 - images.y).abs().max()) < 1
+
+
+def test_plain_descent_lowers_the_energy(root: Path) -> None:
+    own = replace(SMALL, optimiser="sgd", data_root=str(root), num_steps=1)
+    data = own.task(0).data
+    near, far = (fitted(replace(own, num_steps=steps), data, 0) for steps in (1, 60))
+    energy = near.energy.with_noise(1)
+    assert float(energy.total(far.params, data)) < 0.9 * float(energy.total(near.params, data))
 
 
 def test_images_that_are_not_there_say_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

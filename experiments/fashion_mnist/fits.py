@@ -10,16 +10,19 @@ from torch import Tensor
 
 from experiments.fashion_mnist.settings import Settings
 from pyro_forget.data import Data
+from pyro_forget.energy import estimate_and_gradient
 from pyro_forget.guides import MeanField, local_reparametrization
 from pyro_forget.inference.fit import fit_guide
 from pyro_forget.inference.stochastic import SGHMC, SGLD, RobbinsMonro, Rule
 from pyro_forget.inference.stochastic.chains import Chains
 from pyro_forget.inference.stochastic.potential import potential_of
+from pyro_forget.params import axpy
 from pyro_forget.posterior import Posterior, SampledPosterior, VariationalPosterior
 from pyro_forget.store import digest
 
 INITIAL_STD = 0.1
 BATCH_SIZE = 128
+STEPS_TO_A_TENTH = 4_000
 OWN = ("method", "num_erased", "scaling", "recursion_steps", "finetune_steps", "data_root", "download")
 
 
@@ -45,7 +48,9 @@ def kept(settings: Settings, data: Data, seed: int, folder: Path) -> Posterior:
 def _svi(settings: Settings, data: Data, seed: int) -> VariationalPosterior:
     pyro.clear_param_store()
     model = local_reparametrization(settings.model)
-    guide = MeanField(model, init_loc_fn=initial_means, init_scale=0.5 * settings.prior_std)
+    guide = MeanField(model, init_loc_fn=initial_means, init_scale=settings.guide_std)
+    if settings.optimiser == "sgd":
+        return _descended(settings, VariationalPosterior.started(model, guide, data, seed=seed), data, seed)
     return fit_guide(
         model,
         guide,
@@ -53,17 +58,29 @@ def _svi(settings: Settings, data: Data, seed: int) -> VariationalPosterior:
         num_steps=settings.num_steps,
         learning_rate=settings.learning_rate,
         batch_size=BATCH_SIZE,
+        num_draws=settings.guide_draws,
         polish=None,
         seed=seed,
         progress=False,
     ).posterior
 
 
+def _descended(settings: Settings, start: VariationalPosterior, data: Data, seed: int) -> VariationalPosterior:
+    """Plain stochastic gradient descent, as published."""
+    params, batches = start.params, data.minibatches(BATCH_SIZE, torch.Generator().manual_seed(seed))
+    for step in range(settings.num_steps):
+        energy = start.energy.with_fresh_noise(seed * 1_000_003 + step, settings.guide_draws)
+        _, gradient = estimate_and_gradient(energy, params, next(batches), data.num_data)
+        size = settings.step_size / data.num_data * 0.1 ** (step // STEPS_TO_A_TENTH)
+        params = axpy(-size, gradient, params)
+    return start.with_params(params)
+
+
 def _sampled(settings: Settings, data: Data, seed: int) -> SampledPosterior:
     template = pyro.poutine.trace(settings.model).get_trace(*next(data.batches()).args)
     sites = [(name, node["value"].shape) for name, node in template.nodes.items() if node["type"] == "sample"]
     start = {name: INITIAL_STD * torch.randn(shape) for name, shape in sites if name not in ("y", "data")}
-    chains = Chains(potential_of(settings.model, data), _rule(settings, data.num_data), data, seed=seed, start=start)
+    chains = Chains(potential_of(settings.model, data), rule(settings, data.num_data), data, seed=seed, start=start)
     draws: list[dict[str, Tensor]] = []
     for number in range(settings.num_steps + settings.num_draws * settings.thin):
         chains.step()
@@ -73,7 +90,8 @@ def _sampled(settings: Settings, data: Data, seed: int) -> SampledPosterior:
     return SampledPosterior(settings.model, stacked, data)
 
 
-def _rule(settings: Settings, num_data: int) -> Rule:
+def rule(settings: Settings, num_data: int) -> Rule:
+    """The sampler of a fit to so many images."""
     schedule = RobbinsMonro(settings.step_size / num_data, settings.decay)
     if settings.fit == "sgld":
         return SGLD(schedule, batch_size=BATCH_SIZE)

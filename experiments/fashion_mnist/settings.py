@@ -9,14 +9,18 @@ from torch import Tensor
 from experiments.images import Images, load_images
 from experiments.words import check_choices, option
 from pyro_forget.data import Data
+from pyro_forget.inference.recursion import Recursion
 from pyro_forget.models import MLP, LeNet
 
 ALLOWED = {
     "data": ("fashion_mnist", "mnist", "cifar10"),
     "net": ("mlp", "lenet"),
     "fit": ("svi", "sgld", "sghmc"),
+    "optimiser": ("adam", "sgd"),
     "method": ("before", "default", "published", "finetune", "retrain"),
 }
+# Published, one for each fit: "to be hand-tuned until the recursion converges".
+SCALINGS = {"svi": 0.1, "sgld": 0.005, "sghmc": 0.05}
 NUM_PIXELS = {"fashion_mnist": 28 * 28, "mnist": 28 * 28, "cifar10": 3 * 32 * 32}
 
 
@@ -32,14 +36,21 @@ class Settings:
     num_train: int = option(10_000, "Training images.")
     num_test: int = option(2_000, "Test images.")
     num_steps: int = option(3_120, "Of the fit.")
+    optimiser: str = option("adam", "Of svi: sgd as published, or adam, for the fewer steps of the small preset.")
     learning_rate: float = option(2e-3, "Of Adam, decaying by a cosine.")
-    prior_std: float = option(0.1, "Of each weight.")
-    step_size: float = option(0.5, "Of SGLD and SGHMC, times 1 / N.")
-    decay: float = option(0.5, "Exponent of their step sizes.")
+    guide_draws: int = option(1, "Draws a step of svi; 5 published, one to save time.")
+    guide_std: float = option(0.05, "Of each weight where svi starts; 0.1 published, for a wider prior.")
+    prior_std: float = option(0.1, "Of each weight; 0.15 published, for LeNet.")
+    step_size: float = option(
+        0.5, "Of SGD, SGLD and SGHMC, times 1 / N; that of SGD falls to a tenth every 4,000 steps."
+    )
+    decay: float = option(0.5, "Exponent of SGLD's and SGHMC's step sizes, (t + 1)^-decay.")
     friction: float = option(0.4, "Of SGHMC.")
-    num_draws: int = option(20, "Draws of a chain that are kept.")
+    num_draws: int = option(
+        20, "Draws of a chain that are kept, after num_steps; the published chain keeps its state alone."
+    )
     thin: int = option(50, "Steps a draw.")
-    scaling: float = option(0.1, "Of the published recursion.")
+    scaling: float | None = option(None, "Of the published recursion; none is 0.1 for svi, 0.005 sgld, 0.05 sghmc.")
     recursion_steps: int = option(64, "T of the published recursion.")
     finetune_steps: int = option(390, "Of Adam in fine-tuning.")
     data_root: str = option("", "Folder of the data; PYRO_FORGET_DATA where none is given.")
@@ -58,6 +69,11 @@ class Settings:
             return LeNet(prior_std=self.prior_std)
         return MLP((NUM_PIXELS[self.data], 128, 10), self.prior_std)
 
+    @property
+    def recursion(self) -> Recursion:
+        """The published one: batches of 128, five draws a product, 64 images at a time."""
+        return Recursion(SCALINGS[self.fit] if self.scaling is None else self.scaling, self.recursion_steps)
+
     def task(self, seed: int) -> "Task":
         """The images, and which go."""
         images = load_images(self.data, self.data_root or None, self.download).subset(
@@ -73,7 +89,7 @@ class Settings:
     def _inputs(self, pixels: Tensor) -> Tensor:
         if self.net == "mlp":
             return pixels.flatten(1)
-        return F.pad(pixels, (2, 2, 2, 2)) - 0.5
+        return F.interpolate(pixels, (32, 32), mode="bilinear") - 0.5
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,9 @@ PRESETS = {
         num_test=10_000,
         num_erased=6_000,
         num_steps=10_000,
-        learning_rate=1e-3,
+        optimiser="sgd",
+        guide_draws=5,
+        guide_std=0.1,
         prior_std=0.15,
     ),
 }

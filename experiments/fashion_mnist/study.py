@@ -1,6 +1,7 @@
 """One cell: fit, forget, and keep what the result predicts."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from pyro_forget.data import Data
 from pyro_forget.evaluation import error_rate, mean_log_probs, threshold_attack, true_class_probability
 from pyro_forget.forgetters import Finetune, Influence, Transport
 from pyro_forget.forgetting import forget
-from pyro_forget.inference.recursion import Recursion
 from pyro_forget.outcome import Forgetter
 from pyro_forget.posterior import Posterior
 from pyro_forget.store import save_tensors
@@ -63,7 +63,7 @@ def _forgetter(settings: Settings, seed: int) -> Forgetter | None:
             seed=seed,
             progress=False,
         )
-    recursion = Recursion(settings.scaling, settings.recursion_steps, seed=seed)
+    recursion = replace(settings.recursion, seed=seed)
     return Influence(recursion=recursion) if settings.fit == "svi" else Transport.published(recursion)
 
 
