@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.fashion_mnist.figures import Cell, compared, summarise, table
+from experiments.fashion_mnist.compare import Cell, compared, table
+from experiments.fashion_mnist.figures import summarise
 from experiments.fashion_mnist.fits import fitted, initial_means, rule
 from experiments.fashion_mnist.settings import PRESETS, Settings, Task
+from experiments.fashion_mnist.study import published_products as products
 from experiments.fashion_mnist.study import run
 from experiments.images import load_images
+from pyro_forget.evaluation import neighbour_kl
 from pyro_forget.inference.recursion import Recursion
 from pyro_forget.store import load_json, save_json
 
@@ -135,7 +138,7 @@ def test_cells_share_a_fit_and_are_compared_with_refits(fit: str, root: Path, tm
         cell(replace(own, method=method), 0, tmp_path)
     fits = list((tmp_path / "fashion_mnist" / "fashion_mnist" / fit / "fits").iterdir())
     assert len(fits) == 1
-    for seed in (0, 1):
+    for seed in (0, 1, 2):
         cell(replace(own, method="retrain"), seed, tmp_path)
     summarise(tmp_path)
     text = (tmp_path / "fashion_mnist" / "table.md").read_text()
@@ -191,25 +194,59 @@ def test_the_study_on_a_device(fit: str, net: str, root: Path, tmp_path: Path) -
     assert {value.device.type for value in fitted(own, task.data, 0).params.values()} == {"cuda"}
 
 
-def made_up(method: str, seed: int, log_probs: Tensor) -> Cell:
+def made_up(method: str, seed: int, log_probs: Tensor, products: int | None = None) -> Cell:
     parts = dict.fromkeys(("erased", "retained", "test"), log_probs)
+    parts["log_odds"] = torch.randn(40, 2, generator=torch.Generator().manual_seed(seed)) + 9 * log_probs[:, 0]
     errors = dict.fromkeys(("error_erased", "error_retained", "error_test"), 0.25)
     settings = {"data": "d", "net": "mlp", "fit": "svi", "method": method, "num_erased": 5}
-    return Cell(settings, seed, {"seconds": 2.0, "attack": {"erased_as_strangers": 0.5}, **errors}, parts)
+    attack = {"erased_as_strangers": 0.5}
+    return Cell(settings, seed, {"seconds": 2.0, "num_products": products, "attack": attack, **errors}, parts)
 
 
 def test_gaps_are_to_the_mean_of_the_refits_and_the_floor_to_the_mean_of_the_others() -> None:
-    first, second, mine = (torch.tensor([[p, 1 - p]]).log() for p in (0.6, 0.8, 0.4))
-    cells = [made_up("retrain", 0, first), made_up("retrain", 1, second), made_up("default", 0, mine)]
-    default, retrain = compared(cells)
+    first, second, third, mine = (torch.tensor([[p, 1 - p]]).log() for p in (0.6, 0.8, 0.7, 0.4))
+    refits = [made_up("retrain", seed, value) for seed, value in enumerate((first, second, third))]
+    default, retrain = compared([*refits, made_up("default", 5, mine, products=12)])
     target = torch.tensor([0.7, 0.3])
     expected = float((target * (target.log() - mine[0])).sum())
     assert default.values["kl_test"] == pytest.approx(expected)
     assert default.values["l1_test"] == pytest.approx(0.6)
-    floors = [float((a.exp() * (a - b)).sum()) for a, b in ((second, first), (first, second))]
-    assert retrain.values["kl_erased"] == pytest.approx(sum(floors) / 2)
-    assert "| d-mlp-svi | 5 | default | 2 | 25.0 | 25.0 | 25.0 |" in table([default, retrain])
-    assert compared(cells[1:]) == []
+    probs = [0.6, 0.8, 0.7]
+    floors = []
+    for p, others in zip(probs, (0.75, 0.65, 0.7), strict=True):
+        target, own = (torch.tensor([q, 1 - q]) for q in (others, p))
+        floors.append(float((target * (target / own).log()).sum()))
+    assert retrain.values["kl_erased"] == pytest.approx(sorted(floors)[1])
+    assert "| d-mlp-svi | 5 | default | 2 | 12 | 25.0 | 25.0 | 25.0 |" in table([default, retrain])
+    assert "| d-mlp-svi | 5 | retrain | 2 | – | 25.0 |" in table([default, retrain])
+
+
+def test_a_floor_needs_three_refits() -> None:
+    value = torch.tensor([[0.5, 0.5]]).log()
+    refits = [made_up("retrain", seed, value) for seed in range(3)]
+    assert compared(refits[:2]) == []
+    assert len(compared(refits)) == 1
+
+
+def test_draws_are_compared_with_those_of_every_refit() -> None:
+    near, far = (torch.tensor([[p, 1 - p]]).log() for p in (0.5, 0.1))
+    refits = [made_up("retrain", seed, near) for seed in range(3)]
+    same, other = made_up("default", 7, near), made_up("default", 7, far)
+    expected = [neighbour_kl(same.predictions["log_odds"], refit.predictions["log_odds"]) for refit in refits]
+    default, _ = compared([*refits, same])
+    assert default.values["neighbour_kl"] == pytest.approx(float(torch.stack(expected).mean()))
+    assert compared([*refits, other])[0].values["neighbour_kl"] > default.values["neighbour_kl"] + 1
+    repeated = replace(same, predictions=same.predictions | {"log_odds": same.predictions["log_odds"].repeat(2, 1)})
+    assert compared([*refits, repeated])[0].values["neighbour_kl"] == default.values["neighbour_kl"]
+    point = replace(same, predictions=same.predictions | {"log_odds": torch.ones(40, 2)})
+    rows = compared([*refits, point])
+    assert rows[0].values["neighbour_kl"] is None and "| – |" in table(rows[:1])
+
+
+def test_the_products_of_the_published_recursion_are_counted(root: Path, tmp_path: Path) -> None:
+    own = replace(SMALL, method="published", num_erased=30, data_root=str(root), num_steps=5)
+    assert load_json(cell(own, 0, tmp_path) / "result.json")["num_products"] == SMALL.recursion_steps
+    assert products(replace(own, num_erased=500)) == 8 * SMALL.recursion_steps
 
 
 def test_settings_that_make_no_sense_are_refused(root: Path) -> None:

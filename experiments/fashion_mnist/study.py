@@ -1,5 +1,6 @@
 """One cell: fit, forget, and keep what the result predicts."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from pyro_forget.evaluation import error_rate, mean_log_probs, threshold_attack,
 from pyro_forget.forgetters import Finetune, Influence, Transport
 from pyro_forget.forgetting import forget
 from pyro_forget.outcome import Forgetter
-from pyro_forget.posterior import Posterior
+from pyro_forget.posterior import Posterior, SampledPosterior
 from pyro_forget.store import save_tensors
 
 NUM_DRAWS = 50
 NUM_RETAINED = 2_000  # of the retained images, those that are looked at
+# Draws are compared as functions: weights are too many, and those of two fits mean different things.
+NUM_COMPARED, NUM_LOOKED_AT = 100, 5
 
 
 def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, Any]:
@@ -37,7 +40,8 @@ def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, A
         if settings.method != "before":
             posterior, said = _forgotten(settings, posterior, erased, retained, seed)
     predictions = _predictions(posterior, task)
-    save_tensors(folder / "predictions.safetensors", {name: value for name, (value, _) in predictions.items()}, {})
+    kept_values = {name: value for name, (value, _) in predictions.items()} | {"log_odds": _log_odds(posterior, task)}
+    save_tensors(folder / "predictions.safetensors", kept_values, {})
     errors = {f"error_{name}": float(error_rate(value[None], labels)) for name, (value, labels) in predictions.items()}
     return said | errors | {"attack": _attack(predictions)}
 
@@ -48,7 +52,13 @@ def _forgotten(
     after, report = forget(posterior, erased, retained, _forgetter(settings, seed), throw=False)
     found = report.evidence
     said = {"method": found.method, "refused": report.refused, "warnings": list(found.warnings)}
-    return after, {"seconds": report.seconds, "num_products": found.num_products, **said}
+    products = published_products(settings) if settings.method == "published" else found.num_products
+    return after, {"seconds": report.seconds, "num_products": products, **said}
+
+
+def published_products(settings: Settings) -> int:
+    """T for every part of the erased."""
+    return settings.recursion.num_steps * math.ceil(settings.num_erased / settings.recursion.chunk)
 
 
 def _forgetter(settings: Settings, seed: int) -> Forgetter | None:
@@ -75,12 +85,31 @@ def _predictions(posterior: Posterior, task: Task) -> dict[str, tuple[Tensor, Te
         "retained": (images.x[looked_at], images.y[looked_at]),
         "test": (images.x_test, images.y_test),
     }
-    predictive = Predictive(posterior.model, posterior.draws(NUM_DRAWS), return_sites=("_RETURN",))  # type: ignore[attr-defined]
+    draws = _draws(posterior, NUM_DRAWS)
+    return {name: (mean_log_probs(_log_probs(posterior, draws, x)), labels) for name, (x, labels) in parts.items()}
+
+
+def _log_odds(posterior: Posterior, task: Task) -> Tensor:
+    """Every draw as a function: log odds of nine classes against the last on a few erased and test images.
+
+    Shape (draw, image * 9).
+    """
+    x = torch.cat([task.images.x[task.erased[:NUM_LOOKED_AT]], task.images.x_test[:NUM_LOOKED_AT]])
+    found = _log_probs(posterior, _draws(posterior, NUM_COMPARED), x)
+    return (found[..., :-1] - found[..., -1:]).flatten(1)
+
+
+def _log_probs(posterior: Posterior, draws: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Shape (draw, image, class)."""
+    predictive = Predictive(posterior.model, draws, return_sites=("_RETURN",))  # type: ignore[attr-defined]
     with torch.no_grad():
-        return {
-            name: (mean_log_probs(predictive(x)["_RETURN"].log_softmax(-1)), labels)
-            for name, (x, labels) in parts.items()
-        }
+        return predictive(x)["_RETURN"].log_softmax(-1)
+
+
+def _draws(posterior: Posterior, most: int) -> dict[str, Tensor]:
+    """So many of a guide; of a chain no more than there are."""
+    count = min(most, posterior.num_draws) if isinstance(posterior, SampledPosterior) else most
+    return posterior.draws(count)
 
 
 def _attack(predictions: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
