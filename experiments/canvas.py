@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by readers who do not see red and green.
 OURS, RIVAL, SECOND, REFIT, FLOOR = "#0072B2", "#D55E00", "#CC79A7", "#009E73", "#666666"
+THIRD = "#E69F00"
 
 
 def figure(

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from experiments.fashion_mnist.compare import Cell, compared, table
+from experiments.fashion_mnist.descent import FinetuneDraws
 from experiments.fashion_mnist.figures import summarise
-from experiments.fashion_mnist.fits import fitted, initial_means, rule
+from experiments.fashion_mnist.fits import fitted, initial_means, last_rule, rule
 from experiments.fashion_mnist.settings import PRESETS, Settings, Task
 from experiments.fashion_mnist.study import published_products as products
 from experiments.fashion_mnist.study import run
 from experiments.images import load_images
 from pyro_forget.evaluation import neighbour_kl
 from pyro_forget.inference.recursion import Recursion
+from pyro_forget.inference.stochastic import SGHMC, SGLD
+from pyro_forget.posterior import SampledPosterior
 from pyro_forget.store import load_json, save_json
 
 SMALL = Settings(num_train=300, num_test=50, num_steps=60, num_erased=10, finetune_steps=10, recursion_steps=4)
@@ -53,9 +56,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cell(settings: Settings, seed: int, out: Path) -> Path:
+def cell(settings: Settings, seed: int, out: Path, overridden: str = "") -> Path:
     """Run a cell as the front end does."""
-    folder = out / "fashion_mnist" / settings.data / settings.fit / settings.method / f"small-seed{seed}"
+    folder = out / "fashion_mnist" / settings.data / settings.fit / settings.method / f"small-seed{seed}{overridden}"
     folder.mkdir(parents=True)
     about = {"experiment": "fashion_mnist", "seed": seed, "settings": settings.__dict__}
     save_json(folder / "settings.json", about)
@@ -134,17 +137,54 @@ def test_images_that_are_not_there_say_where_to_look(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("fit", ["svi", pytest.param("sgld", marks=pytest.mark.slow)])
 def test_cells_share_a_fit_and_are_compared_with_refits(fit: str, root: Path, tmp_path: Path) -> None:
     own = replace(SMALL, fit=fit, data_root=str(root), num_draws=3, thin=2)
-    for method in ("before", "default", "finetune", "published"):
+    for method in ("before", "default", "published"):
         cell(replace(own, method=method), 0, tmp_path)
+    for steps in (5, 10):
+        cell(replace(own, method="finetune", finetune_steps=steps), 0, tmp_path, f"-{steps}")
     fits = list((tmp_path / "fashion_mnist" / "fashion_mnist" / fit / "fits").iterdir())
     assert len(fits) == 1
     for seed in (0, 1, 2):
         cell(replace(own, method="retrain"), seed, tmp_path)
     summarise(tmp_path)
     text = (tmp_path / "fashion_mnist" / "table.md").read_text()
-    for method in ("before", "default", "published", "finetune", "retrain"):
+    for method in ("before", "default", "published", "finetune, 5 steps", "finetune, 10 steps", "retrain"):
         assert f"| fashion_mnist-mlp-{fit} | 10 | {method} |" in text
     assert (tmp_path / "fashion_mnist" / f"fashion_mnist-mlp-{fit}.png").stat().st_size > 10_000
+    assert (tmp_path / "fashion_mnist" / f"fashion_mnist-mlp-{fit}-seconds.png").stat().st_size > 10_000
+
+
+def test_fine_tuning_of_draws_goes_on_with_each_of_them(root: Path) -> None:
+    """The energies of the retained rows fall; the order of chains and draws stays."""
+    own = replace(SMALL, fit="sgld", data_root=str(root), num_draws=3, thin=20)
+    data = own.task(0).data
+    posterior = fitted(own, data, 0)
+    erased, retained = data.split(own.task(0).erased)
+    edit = FinetuneDraws(30).edit(posterior, erased, retained)
+    assert isinstance(posterior, SampledPosterior) and isinstance(edit.posterior, SampledPosterior)
+    assert edit.posterior.shape == posterior.shape and torch.equal(edit.posterior.ids, retained.ids)
+    before, after = (posterior.log_joint(each.params, retained) for each in (posterior, edit.posterior))
+    assert bool((after > before).all())
+    for name, value in posterior.params.items():
+        steps = edit.posterior.params[name] - value
+        assert float(steps.abs().max()) < 30 * 1.1e-3 + 1e-9, name
+    with pytest.raises(ValueError, match="has no draws"):
+        FinetuneDraws(1).edit(fitted(replace(own, fit="svi", num_steps=1), data, 0), erased, retained)
+
+
+def test_fine_tuning_of_draws_that_diverges_is_refused(root: Path) -> None:
+    own = replace(SMALL, fit="sgld", data_root=str(root), num_steps=2, num_draws=2, thin=1)
+    data = own.task(0).data
+    posterior = fitted(own, data, 0)
+    edit = FinetuneDraws(5, learning_rate=1e200).edit(posterior, *data.split([1, 2]))
+    assert edit.evidence.refused == "the energy is not finite: lower the rate" and edit.posterior is posterior
+
+
+def test_the_sampler_goes_on_at_its_last_step_size() -> None:
+    own = replace(SMALL, fit="sghmc", num_steps=90, num_draws=5, thin=2)
+    last = last_rule(own)
+    assert isinstance(last, SGHMC) and last.friction == own.friction and last.batch_size == 128
+    assert [300 * last.schedule.step_size(step) for step in (0, 1_000)] == pytest.approx([0.05, 0.05])
+    assert isinstance(last_rule(replace(own, fit="sgld")), SGLD)
 
 
 def test_images_go_to_the_device_and_ids_do_not(root: Path) -> None:
@@ -194,11 +234,12 @@ def test_the_study_on_a_device(fit: str, net: str, root: Path, tmp_path: Path) -
     assert {value.device.type for value in fitted(own, task.data, 0).params.values()} == {"cuda"}
 
 
-def made_up(method: str, seed: int, log_probs: Tensor, products: int | None = None) -> Cell:
+def made_up(method: str, seed: int, log_probs: Tensor, products: int | None = None, steps: int = 7) -> Cell:
     parts = dict.fromkeys(("erased", "retained", "test"), log_probs)
     parts["log_odds"] = torch.randn(40, 2, generator=torch.Generator().manual_seed(seed)) + 9 * log_probs[:, 0]
     errors = dict.fromkeys(("error_erased", "error_retained", "error_test"), 0.25)
     settings = {"data": "d", "net": "mlp", "fit": "svi", "method": method, "num_erased": 5}
+    settings |= {"finetune_steps": steps, "sampler_steps": steps}
     attack = {"erased_as_strangers": 0.5}
     return Cell(settings, seed, {"seconds": 2.0, "num_products": products, "attack": attack, **errors}, parts)
 
@@ -226,6 +267,15 @@ def test_a_floor_needs_three_refits() -> None:
     refits = [made_up("retrain", seed, value) for seed in range(3)]
     assert compared(refits[:2]) == []
     assert len(compared(refits)) == 1
+
+
+def test_every_budget_has_a_row() -> None:
+    value = torch.tensor([[0.5, 0.5]]).log()
+    cells = [made_up(method, 9, value, steps=steps) for steps in (400, 50) for method in ("sampler", "finetune")]
+    cells += [made_up("default", seed, value, steps=seed) for seed in (7, 8)]
+    names = [row.name for row in compared([*cells, *(made_up("retrain", seed, value) for seed in range(3))])]
+    rivals = [f"{method}, {steps} steps" for method in ("finetune", "sampler") for steps in (50, 400)]
+    assert names == ["default", *rivals, "retrain"]
 
 
 def test_draws_are_compared_with_those_of_every_refit() -> None:
@@ -260,3 +310,5 @@ def test_settings_that_make_no_sense_are_refused(root: Path) -> None:
         replace(SMALL, num_test=70, data_root=str(root)).task(0)
     with pytest.raises(ValueError, match="three channels: use --net mlp"):
         replace(SMALL, data="cifar10", net="lenet")
+    with pytest.raises(ValueError, match="A guide has no sampler to go on with: use --method finetune"):
+        replace(SMALL, method="sampler")

@@ -13,7 +13,8 @@ from experiments.front import LEVELS
 from pyro_forget.evaluation import mean_log_probs, neighbour_kl, predictive_kl, predictive_l1
 from pyro_forget.store import load_json, load_tensors
 
-METHODS = ("before", "default", "published", "finetune", "retrain")
+METHODS = ("before", "default", "published", "finetune", "sampler", "retrain")
+BUDGETS = {"finetune": "finetune_steps", "sampler": "sampler_steps"}  # settings that such a method is run at several of
 PARTS = ("erased", "retained", "test")
 NUM_REFITS = 3  # fewer give no floor worth the name
 
@@ -36,15 +37,27 @@ class Cell:
         """Cells of one group share data, network and fit."""
         return "-".join(self.settings[name] for name in ("data", "net", "fit"))
 
+    @property
+    def budget(self) -> int:
+        """Steps of a method that has a row for each number of them; 0 for the others."""
+        name = BUDGETS.get(self.settings["method"])
+        return 0 if name is None else int(self.settings[name])
+
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one number of erased images, medians over its seeds; None where a method has no such value."""
+    """One method at one budget and number of erased images, medians over its seeds; None where it has no such value."""
 
     group: str
     num_erased: int
     method: str
+    budget: int
     values: Values
+
+    @property
+    def name(self) -> str:
+        """The method, with its steps where it is run at several numbers of them."""
+        return f"{self.method}, {self.budget} steps" if self.budget else self.method
 
 
 def finished(out: Path) -> list[Cell]:
@@ -65,14 +78,10 @@ def compared(cells: Sequence[Cell]) -> list[Row]:
         refits = [cell for cell in own if cell.settings["method"] == "retrain"]
         if len(refits) < NUM_REFITS:
             continue
-        for method in METHODS:
-            found = [
-                _values(cell, [refit for refit in refits if refit is not cell])
-                for cell in own
-                if cell.settings["method"] == method
-            ]
-            if found:
-                rows.append(Row(own[0].group, count, method, _medians(found)))
+        alike = by(own, lambda cell: (METHODS.index(cell.settings["method"]), cell.budget))
+        for (place, budget), same in sorted(alike.items(), key=lambda pair: pair[0]):
+            found = [_values(cell, [refit for refit in refits if refit is not cell]) for cell in same]
+            rows.append(Row(own[0].group, count, METHODS[place], budget, _medians(found)))
     return rows
 
 
@@ -91,7 +100,7 @@ def table(rows: Sequence[Row]) -> str:
         cells += [_cell(value[f"error_{part}"], ".1f", 100) for part in PARTS]
         cells += [_cell(value[f"kl_{part}"], ".0f", 1e4) for part in PARTS]
         cells += [_cell(value["neighbour_kl"], ".0f"), _cell(value["l1_test"], ".3f"), _cell(value["attack"], ".2f")]
-        lines.append("| " + " | ".join([row.group, str(row.num_erased), row.method, *cells]) + " |")
+        lines.append("| " + " | ".join([row.group, str(row.num_erased), row.name, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 

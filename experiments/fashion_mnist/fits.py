@@ -23,7 +23,7 @@ from pyro_forget.store import digest
 INITIAL_STD = 0.1
 BATCH_SIZE = 128
 STEPS_TO_A_TENTH = 4_000
-OWN = ("method", "num_erased", "scaling", "recursion_steps", "finetune_steps", "data_root", "download")
+OWN = ("method", "num_erased", "scaling", "recursion_steps", "finetune_steps", "sampler_steps", "data_root", "download")
 
 
 def fitted(settings: Settings, data: Data, seed: int) -> Posterior:
@@ -96,6 +96,15 @@ def rule(settings: Settings, num_data: int) -> Rule:
     if settings.fit == "sgld":
         return SGLD(schedule, batch_size=BATCH_SIZE)
     return SGHMC(schedule, friction=settings.friction, batch_size=BATCH_SIZE)
+
+
+def last_rule(settings: Settings) -> Rule:
+    """The sampler as it was at the fit's last step, without further decay."""
+    found = rule(settings, settings.num_train)
+    size = found.schedule.step_size(settings.num_steps + settings.num_draws * settings.thin - 1)
+    if settings.fit == "sgld":
+        return SGLD(size, batch_size=BATCH_SIZE)
+    return SGHMC(size, friction=settings.friction, batch_size=BATCH_SIZE)
 
 
 def initial_means(site: dict[str, Any]) -> Tensor:

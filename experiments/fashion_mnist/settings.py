@@ -17,7 +17,7 @@ ALLOWED = {
     "net": ("mlp", "lenet"),
     "fit": ("svi", "sgld", "sghmc"),
     "optimiser": ("adam", "sgd"),
-    "method": ("before", "default", "published", "finetune", "retrain"),
+    "method": ("before", "default", "published", "finetune", "sampler", "retrain"),
 }
 # Published, one for each fit: "to be hand-tuned until the recursion converges".
 SCALINGS = {"svi": 0.1, "sgld": 0.005, "sghmc": 0.05}
@@ -31,7 +31,7 @@ class Settings:
     data: str = option("fashion_mnist", "fashion_mnist, mnist or cifar10 (10,000 images, JPEG).")
     net: str = option("mlp", "mlp (784-128-10; 3072-128-10 for cifar10) or lenet, for grey images.")
     fit: str = option("svi", "svi, sgld or sghmc.")
-    method: str = option("default", "before, default, published, finetune or retrain.")
+    method: str = option("default", "before, default, published, finetune, sampler or retrain.")
     num_erased: int = option(200, "Images of class 0 that go, the first of a random order.")
     num_train: int = option(10_000, "Training images.")
     num_test: int = option(2_000, "Test images.")
@@ -52,7 +52,8 @@ class Settings:
     thin: int = option(50, "Steps a draw.")
     scaling: float | None = option(None, "Of the published recursion; none is 0.1 for svi, 0.005 sgld, 0.05 sghmc.")
     recursion_steps: int = option(64, "T of the published recursion.")
-    finetune_steps: int = option(390, "Of Adam in fine-tuning.")
+    finetune_steps: int = option(390, "Of Adam in fine-tuning, of a guide or of every draw.")
+    sampler_steps: int = option(200, "Of the fit's own sampler on the retained data, from where the draws stand.")
     data_root: str = option("", "Folder of the data; PYRO_FORGET_DATA where none is given.")
     download: bool = option(False, "Fetch the data where they are missing.")
 
@@ -61,6 +62,8 @@ class Settings:
         check_choices(self, ALLOWED)
         if (self.data, self.net) == ("cifar10", "lenet"):
             raise ValueError("LeNet takes grey images, those of cifar10 have three channels: use --net mlp.")
+        if (self.fit, self.method) == ("svi", "sampler"):
+            raise ValueError("A guide has no sampler to go on with: use --method finetune, or --fit sgld or sghmc.")
 
     @property
     def model(self) -> MLP | LeNet:

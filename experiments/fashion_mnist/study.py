@@ -10,7 +10,8 @@ import torch
 from pyro.infer import Predictive
 from torch import Tensor
 
-from experiments.fashion_mnist.fits import fitted, kept
+from experiments.fashion_mnist.descent import FinetuneDraws
+from experiments.fashion_mnist.fits import fitted, kept, last_rule
 from experiments.fashion_mnist.settings import Settings, Task
 from pyro_forget.data import Data
 from pyro_forget.evaluation import error_rate, mean_log_probs, threshold_attack, true_class_probability
@@ -21,6 +22,8 @@ from pyro_forget.posterior import Posterior, SampledPosterior
 from pyro_forget.store import save_tensors
 
 NUM_DRAWS = 50
+FINETUNE_RATE = 1e-3
+REFITTED = 1_000  # added to the seeds of refits
 NUM_RETAINED = 2_000  # of the retained images, those that are looked at
 # Draws are compared as functions: weights are too many, and those of two fits mean different things.
 NUM_COMPARED, NUM_LOOKED_AT = 100, 5
@@ -29,18 +32,21 @@ NUM_COMPARED, NUM_LOOKED_AT = 100, 5
 def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, Any]:
     """Fit a Bayesian network to images, make it forget some of one class, and keep its predictions."""
     task = settings.task(0).to(device)
+    own_seed = REFITTED + seed if settings.method == "retrain" else seed
     erased, retained = task.data.split(task.erased)
     said: dict[str, Any] = {}
     begun = time.perf_counter()
     if settings.method == "retrain":
-        posterior = fitted(settings, retained, 1_000 + seed)
+        posterior = fitted(settings, retained, own_seed)
         said["seconds"] = time.perf_counter() - begun
     else:
         posterior = kept(settings, task.data, seed, folder.parents[1] / "fits")
         if settings.method != "before":
             posterior, said = _forgotten(settings, posterior, erased, retained, seed)
     predictions = _predictions(posterior, task)
-    kept_values = {name: value for name, (value, _) in predictions.items()} | {"log_odds": _log_odds(posterior, task)}
+    kept_values = {name: value for name, (value, _) in predictions.items()} | {
+        "log_odds": _log_odds(posterior, task, own_seed)
+    }
     save_tensors(folder / "predictions.safetensors", kept_values, {})
     errors = {f"error_{name}": float(error_rate(value[None], labels)) for name, (value, labels) in predictions.items()}
     return said | errors | {"attack": _attack(predictions)}
@@ -64,15 +70,15 @@ def published_products(settings: Settings) -> int:
 def _forgetter(settings: Settings, seed: int) -> Forgetter | None:
     if settings.method == "default":
         return None
+    if settings.method == "finetune" and settings.fit != "svi":
+        return FinetuneDraws(settings.finetune_steps, FINETUNE_RATE, seed=seed)
     if settings.method == "finetune":
-        return Finetune(
-            num_steps=settings.finetune_steps,
-            learning_rate=1e-3,
-            batch_size=128,
-            num_moves=1,
-            seed=seed,
-            progress=False,
-        )
+        num_steps = settings.finetune_steps
+        return Finetune(num_steps=num_steps, learning_rate=FINETUNE_RATE, batch_size=128, seed=seed, progress=False)
+    if settings.method == "sampler":
+        from pyro_forget.forgetters import MoreSteps
+
+        return MoreSteps(last_rule(settings), settings.sampler_steps)
     recursion = replace(settings.recursion, seed=seed)
     return Influence(recursion=recursion) if settings.fit == "svi" else Transport.published(recursion)
 
@@ -89,13 +95,13 @@ def _predictions(posterior: Posterior, task: Task) -> dict[str, tuple[Tensor, Te
     return {name: (mean_log_probs(_log_probs(posterior, draws, x)), labels) for name, (x, labels) in parts.items()}
 
 
-def _log_odds(posterior: Posterior, task: Task) -> Tensor:
+def _log_odds(posterior: Posterior, task: Task, seed: int) -> Tensor:
     """Every draw as a function: log odds of nine classes against the last on a few erased and test images.
 
-    Shape (draw, image * 9).
+    Shape (draw, image * 9). Draws of two guides from the same noise would lie too close together.
     """
     x = torch.cat([task.images.x[task.erased[:NUM_LOOKED_AT]], task.images.x_test[:NUM_LOOKED_AT]])
-    found = _log_probs(posterior, _draws(posterior, NUM_COMPARED), x)
+    found = _log_probs(posterior, _draws(posterior, NUM_COMPARED, seed), x)
     return (found[..., :-1] - found[..., -1:]).flatten(1)
 
 
@@ -106,10 +112,10 @@ def _log_probs(posterior: Posterior, draws: dict[str, Tensor], x: Tensor) -> Ten
         return predictive(x)["_RETURN"].log_softmax(-1)
 
 
-def _draws(posterior: Posterior, most: int) -> dict[str, Tensor]:
+def _draws(posterior: Posterior, most: int, seed: int = 0) -> dict[str, Tensor]:
     """So many of a guide; of a chain no more than there are."""
     count = min(most, posterior.num_draws) if isinstance(posterior, SampledPosterior) else most
-    return posterior.draws(count)
+    return posterior.draws(count, seed)
 
 
 def _attack(predictions: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
