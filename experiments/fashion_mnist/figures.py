@@ -37,7 +37,7 @@ def _draw(path: Path, rows: Sequence[Row]) -> None:
     made, axes = figure(4, 15.0, 7.6, rows=2)
     for axis, part in zip(axes[:3], PARTS, strict=True):
         _lines(axis, rows, f"error_{part}", f"error, {part}, %", 100)
-    _lines(axes[3], rows, "neighbour_kl", "kNN KL from a refit's draws, log odds of ten images, nats")
+    _lines(axes[3], rows, "neighbour_kl", "kNN KL from a refit, log odds of 10 images, nats")
     for axis, part in zip(axes[4:7], PARTS, strict=True):
         _lines(axis, rows, f"kl_{part}", f"KL from the refits' mean, {part}, nats")
     _lines(axes[7], rows, "seconds", "seconds")
