@@ -15,6 +15,7 @@ from torch import Tensor
 
 # Means of (weight, bias) of each layer, then their log standard deviations; weights are (outputs, inputs).
 Params = list[Tensor]
+Schedule = Callable[[int, float], float | None]
 BATCH = 128
 
 
@@ -77,22 +78,28 @@ def noise(num_rows: int, widths: tuple[int, int], generator: torch.Generator) ->
     return tuple(torch.randn(num_rows, width, generator=generator) for width in widths)  # type: ignore[return-value]
 
 
+def noisy_gradient(params: Params, batch: Rows, generator: torch.Generator) -> Params:
+    """The gradient under fresh noise."""
+    return gradient(params, batch, noise(len(batch), (len(params[1]), len(params[3])), generator))
+
+
 def descend(
     params: Params,
     rows: Rows,
     prior_std: float,
     rate: float,
-    schedule: Callable[[int, float], float | None],
+    schedule: Schedule,
     seed: int,
+    slope: Callable[[Params, Rows, torch.Generator], Params] = noisy_gradient,
     clock: Callable[[], float] = time.process_time,
 ) -> tuple[Params, int]:
     """(params after Adam, number of steps): batches of 128, fresh noise.
 
-    `schedule(step, seconds since the start)` is the factor of the learning rate, None to stop.
+    `schedule(step, seconds since the start)` is the factor of the learning rate, None to stop; `slope` the gradient of
+    a batch's mean loss.
     """
     generator = torch.Generator().manual_seed(seed)
     leaves = [value.clone() for value in params]
-    widths = len(leaves[1]), len(leaves[3])
     optimiser = torch.optim.Adam(leaves, lr=rate)
     step, begun = 0, clock()
     for chosen in batches(len(rows), generator):
@@ -100,10 +107,10 @@ def descend(
         if factor is None:
             break
         optimiser.param_groups[0]["lr"] = rate * factor
-        found = gradient(leaves, rows[chosen], noise(len(chosen), widths, generator))
+        found = slope(leaves, rows[chosen], generator)
         add_divergence(leaves, found, prior_std, len(rows))
-        for leaf, slope in zip(leaves, found, strict=True):
-            leaf.grad = slope
+        for leaf, own in zip(leaves, found, strict=True):
+            leaf.grad = own
         optimiser.step()
         step += 1
     return [leaf.detach() for leaf in leaves], step
@@ -111,21 +118,31 @@ def descend(
 
 def fit(rows: Rows, widths: tuple[int, int, int], prior_std: float, rate: float, epochs: int, seed: int) -> Params:
     """Adam with cosine decay to zero."""
+    return descend(start(widths, seed), rows, prior_std, rate, cosine(rows, epochs), seed)[0]
+
+
+def cosine(rows: Rows, epochs: int) -> Schedule:
+    """Decay to zero over so many epochs."""
     total = epochs * (len(rows) // BATCH)
 
     def schedule(step: int, seconds: float) -> float | None:
         return None if step >= total else 0.5 * (1 + math.cos(math.pi * step / total))
 
-    return descend(start(widths, seed), rows, prior_std, rate, schedule, seed)[0]
+    return schedule
 
 
 def fine_tune(params: Params, rows: Rows, prior_std: float, rate: float, budget: float, seed: int) -> Params:
     """Adam with linear decay to zero at `budget` CPU seconds."""
+    return descend(params, rows, prior_std, rate, linear_decay(budget), seed)[0]
+
+
+def linear_decay(budget: float) -> Schedule:
+    """Decay to zero at so many seconds."""
 
     def schedule(step: int, seconds: float) -> float | None:
         return None if seconds >= budget else 1 - seconds / budget
 
-    return descend(params, rows, prior_std, rate, schedule, seed)[0]
+    return schedule
 
 
 def batches(num_rows: int, generator: torch.Generator) -> Iterator[Tensor]:

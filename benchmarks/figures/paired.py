@@ -1,4 +1,4 @@
-"""Distance to retrained networks against seconds, from the records of `benchmarks.paired`."""
+"""Distance to retrained networks against seconds, from the records of a contest."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,14 +6,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from benchmarks.contest import best, budgets, curve
 from benchmarks.figures.canvas import FLOOR, OURS, RIVAL, SECOND, figure, save
 
 Record = dict[str, Any]
 PLACES = ("erased", "test")
 
 
-def draw(records: Sequence[Record]) -> None:
-    """docs/figures/paired.png and .svg."""
+def draw(records: Sequence[Record], name: str) -> None:
+    """docs/figures/NAME.png and .svg."""
     requests = list(dict.fromkeys((r["num_data"], r["num_erased"]) for r in records))
     made, axes = figure(len(requests), 3.4 * len(requests), 6.4, rows=len(PLACES))
     for place, (num_data, num_erased) in enumerate(requests):
@@ -25,17 +26,16 @@ def draw(records: Sequence[Record]) -> None:
             axis.set_xlabel("seconds, one thread" if row + 1 == len(PLACES) else "")
             axis.set_ylabel("" if place else "KL from the retrained, 1e-4 nats")
     made.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=5, loc="outside lower center")
-    save(made, "paired")
+    save(made, name)
 
 
 def _request(axis: Axes, own: Sequence[Record], measure: str) -> None:
-    from benchmarks.paired import BUDGETS, best, curve
-
     which = 1 + PLACES.index(measure)
     ours = [*curve(own, "output layer").values(), *curve(own, "paired").values()]
     axis.plot([p[0] for p in ours], [p[which] for p in ours], "o-", color=OURS, markersize=4, label="default")
-    theirs = [best(own, budget)[which - 1] for budget in BUDGETS]
-    axis.plot(BUDGETS, theirs, "^-", color=SECOND, markersize=4, label="fine-tuning by hand, best of three rates")
+    tried = budgets(own)
+    theirs = [best(own, budget)[which - 1] for budget in tried]
+    axis.plot(tried, theirs, "^-", color=SECOND, markersize=4, label="fine-tuning by hand, best of three rates")
     published = curve(own, "published recursion").values()
     axis.plot([p[0] for p in published], [p[which] for p in published], "s", color=RIVAL, label="published recursion")
     before = next(r for r in own if r["method"] == "before")
