@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-NAMES = ("overhead", "exactness", "closeness", "draws", "networks", "paired", "stochastic", "products", "memory")
+NAMES = (
+    "overhead",
+    "exactness",
+    "closeness",
+    "draws",
+    "networks",
+    "paired",
+    "paired_lenet",
+    "stochastic",
+    "products",
+    "memory",
+)
 
 
 def main(
