@@ -187,6 +187,14 @@ def test_the_sampler_goes_on_at_its_last_step_size() -> None:
     assert isinstance(last_rule(replace(own, fit="sgld")), SGLD)
 
 
+@pytest.mark.parametrize("fit", ["sgld", "sghmc"])
+def test_the_sampler_goes_on_with_the_retained_images(fit: str, root: Path, tmp_path: Path) -> None:
+    own = replace(SMALL, fit=fit, method="sampler", data_root=str(root), num_draws=3, thin=2, sampler_steps=4)
+    found = load_json(cell(own, 0, tmp_path) / "result.json")
+    assert found["refused"] is None and found["seconds"] > 0
+    assert "4 steps of" in found["method"] and "on the retained data" in found["method"]
+
+
 def test_images_go_to_the_device_and_ids_do_not(root: Path) -> None:
     """On the device without values, which every machine has."""
     here = replace(SMALL, data_root=str(root)).task(0)

@@ -15,7 +15,7 @@ from experiments.fashion_mnist.fits import fitted, kept, last_rule
 from experiments.fashion_mnist.settings import Settings, Task
 from pyro_forget.data import Data
 from pyro_forget.evaluation import error_rate, mean_log_probs, threshold_attack, true_class_probability
-from pyro_forget.forgetters import Finetune, Influence, Transport
+from pyro_forget.forgetters import Finetune, Influence, MoreSteps, Transport
 from pyro_forget.forgetting import forget
 from pyro_forget.outcome import Forgetter
 from pyro_forget.posterior import Posterior, SampledPosterior
@@ -80,9 +80,7 @@ def _forgetter(settings: Settings, seed: int) -> Forgetter | None:
         num_steps = settings.finetune_steps
         return Finetune(num_steps=num_steps, learning_rate=FINETUNE_RATE, batch_size=128, seed=seed, progress=False)
     if settings.method == "sampler":
-        from pyro_forget.forgetters import MoreSteps
-
-        return MoreSteps(last_rule(settings), settings.sampler_steps)
+        return MoreSteps(last_rule(settings), settings.sampler_steps, seed=seed, progress=False)
     recursion = replace(settings.recursion, seed=seed)
     return Influence(recursion=recursion) if settings.fit == "svi" else Transport.published(recursion)
 
