@@ -17,8 +17,8 @@ from pyro_forget.outcome import Evidence
 from pyro_forget.params import Params
 from pyro_forget.posterior import Posterior, SampledPosterior
 
-_NUMBERS_AT_ONCE = 1 << 19  # draws times dimensions evaluated in one pass: what a batch adds to it stays in memory
-_MOST_DRAWS_AT_ONCE = 4096
+_NUMBERS_AT_ONCE = 1 << 19  # draws times dimensions evaluated in one pass
+_ROWS_AT_ONCE = 1 << 17  # draws times rows: beyond, what a pass makes fits into no cache, and takes twice as long
 _COORDINATES_CHECKED = 32  # of R-hat and ESS, 1 ms each; evenly spaced
 _DRAWS_FOR_COVARIANCE = 5  # a dimension; with fewer only standard deviations are known
 _GOOD_RHAT, _GOOD_ESS = 1.01, 400  # Vehtari, Gelman, Simpson, Carpenter and Bürkner (2021), section 4
@@ -68,7 +68,7 @@ class Cloud:
 
     def log_joint(self, matrix: Tensor, data: Data) -> Tensor:
         """Log p(θ, data) of each row, log-Jacobian included; (draw,), nats."""
-        return self._by_rows(lambda rows: self.posterior.log_joint(self.params(rows), data), matrix)
+        return self._by_rows(lambda rows: self.posterior.log_joint(self.params(rows), data), matrix, data)
 
     def log_likelihood(self, data: Data) -> Tensor:
         """Log p(data | θ) of each draw, (draw,), nats."""
@@ -79,27 +79,40 @@ class Cloud:
             start = torch.zeros(1, len(rows), dtype=torch.float64, device=rows.device)
             return data.reduce(lambda batch: energy.log_likelihood_of(cloud, batch).double().sum(-1), start=start)
 
-        return self._by_rows(of, self.matrix)
+        return self._by_rows(of, self.matrix, data)
 
     def log_joint_and_gradient(self, matrix: Tensor, data: Data) -> tuple[Tensor, Tensor]:
         """(log p(θ, data), its gradient) of each row: shapes (draw,) and (draw, d), float64, nats."""
-        found = [self._with_gradient(rows, data) for rows in self._chunks(matrix)]
+        found = [self._with_gradient(rows, data) for rows in _chunks(matrix, data)]
         return torch.cat([value for value, _ in found]), torch.cat([gradient for _, gradient in found])
 
     def force(self, data: Data) -> Tensor:
         """Σ ∇h at each draw: minus the gradient of its log likelihood of `data`, (draw, d)."""
         energy = self.posterior.energy
-        return self._gradients(lambda cloud: gradient_over(energy.share, cloud, data)[1])
+        return self._gradients(lambda cloud: gradient_over(energy.share, cloud, data)[1], data)
 
     def mean_gradient(self, data: Data) -> Tensor:
         """The gradient of F(γ, data) in the common shift γ, at 0, over all draws; (d,)."""
-        prior = self._gradients(lambda cloud: value_and_gradient(self.posterior.energy.prior, cloud)[1])
+        prior = self._gradients(lambda cloud: value_and_gradient(self.posterior.energy.prior, cloud)[1], data)
         return self.log_weights.exp() @ (prior + self.force(data))
 
     def mean_energy(self, num_draws: int) -> SampledEnergy:
         """The energy of some of the draws as a function of their common shift."""
         chosen = systematic_resample(self.log_weights, min(num_draws, len(self.matrix)))
         return self.posterior.energy.shifted(self.params(self.matrix[chosen]))
+
+    def representatives(self, count: int, among: slice = slice(None)) -> Tensor:
+        """Some of the draws, moved until their mean and covariance are those of all that they are `among`; (row, d)."""
+        matrix, weights = self.matrix[among], normalise(self.log_weights[among]).exp()
+        if count >= len(matrix) and self.posterior.log_weights is None:
+            return matrix
+        chosen = matrix[systematic_resample(weights.log(), count)]
+        mean, centred = weights @ matrix, chosen - chosen.mean(0)
+        whole = torch.linalg.cholesky_ex((weights * (matrix - mean).T) @ (matrix - mean))
+        part = torch.linalg.cholesky_ex(centred.T @ centred / count)
+        if bool(whole.info) or bool(part.info):
+            return mean + centred
+        return mean + torch.linalg.solve_triangular(part.L, centred.T, upper=False).T @ whole.L.T
 
     def edited(self, matrix: Tensor, ids: Tensor, log_weights: Tensor | None) -> SampledPosterior:
         """The posterior of moved rows in chain order."""
@@ -131,17 +144,20 @@ class Cloud:
         start = of(energy.log_prior(leaves))
         return data.reduce(lambda batch: of(energy.log_likelihood_of(leaves, batch).double().sum(-1)), start=start)
 
-    def _gradients(self, gradient: Callable[[Params], Params]) -> Tensor:
+    def _gradients(self, gradient: Callable[[Params], Params], data: Data) -> Tensor:
         """Of each draw, from the gradient of a mean over draws."""
-        return torch.cat([len(rows) * self._flat(gradient(self.params(rows))) for rows in self._chunks(self.matrix)])
+        parts = _chunks(self.matrix, data)
+        return torch.cat([len(rows) * self._flat(gradient(self.params(rows))) for rows in parts])
 
-    def _chunks(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        size = min(_MOST_DRAWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // max(1, matrix.shape[1])))
-        return matrix.split(size)
-
-    def _by_rows(self, function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    def _by_rows(self, function: Callable[[Tensor], Tensor], matrix: Tensor, data: Data) -> Tensor:
         with torch.no_grad():
-            return torch.cat([function(rows).double().flatten() for rows in self._chunks(matrix)])
+            return torch.cat([function(rows).double().flatten() for rows in _chunks(matrix, data)])
+
+
+def _chunks(matrix: Tensor, data: Data) -> tuple[Tensor, ...]:
+    """Draws that are evaluated in one pass."""
+    rows = max(1, min(data.batch_size, data.num_data))
+    return matrix.split(max(1, min(_NUMBERS_AT_ONCE // max(1, matrix.shape[1]), _ROWS_AT_ONCE // rows)))
 
 
 @dataclass(frozen=True)

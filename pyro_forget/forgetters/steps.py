@@ -95,11 +95,24 @@ def common_shifts(cloud: Cloud, retained: Data, force: Tensor) -> Iterator[Shift
             )
 
 
+def mean_hessian(cloud: Cloud, rows: Tensor, data: Data) -> Tensor:
+    """The mean Hessian of −log joint over some of the rows (draw, d), written out: (d, d), float64."""
+    some = torch.linspace(0, len(rows) - 1, min(len(rows), _num_curved(rows.shape[1]))).round().long()
+    energy = cloud.posterior.energy.shifted(cloud.params(rows[some]))
+    operator = Hessian(energy, cloud.shift(torch.zeros_like(rows[0])), data)
+    matrix = as_matrix(operator, operator.params).to(rows)
+    return 0.5 * (matrix + matrix.T)
+
+
 def _hessian(cloud: Cloud, retained: Data) -> Hessian:
     """H as an operator: over as many draws as its dimensions allow."""
-    fewest, most = _CURVATURE_DRAWS
-    energy = cloud.mean_energy(max(fewest, min(most, _CURVATURE_NUMBERS // cloud.matrix.shape[1])))
+    energy = cloud.mean_energy(_num_curved(cloud.matrix.shape[1]))
     return Hessian(energy, cloud.shift(torch.zeros_like(cloud.matrix[0])), retained)
+
+
+def _num_curved(dim: int) -> int:
+    fewest, most = _CURVATURE_DRAWS
+    return max(fewest, min(most, _CURVATURE_NUMBERS // dim))
 
 
 def _iterative(cloud: Cloud, retained: Data, forces: Tensor) -> Steps:

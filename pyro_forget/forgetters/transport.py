@@ -1,7 +1,11 @@
 """Forgetting by moving draws: an influence map, moment matching, and weights for what an affine map cannot do."""
 
+import math
 import time
 from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 from pyro_forget.data import Data
 from pyro_forget.forgetters.cloud import (
@@ -16,9 +20,11 @@ from pyro_forget.forgetters.cloud import (
 )
 from pyro_forget.forgetters.shifts import common_shift, each_on_its_own, recursive_shift, shifted, solved
 from pyro_forget.forgetters.steps import DENSE, common_shifts, newton_steps
+from pyro_forget.forgetters.sweeps import swept_map
 from pyro_forget.importance import SmoothedWeights, khat_threshold, systematic_resample
 from pyro_forget.inference import Affine, MomentMatching, affine_fit, held_out_weights, moment_matching
 from pyro_forget.inference.hmc import HMC
+from pyro_forget.inference.moment_matching import HOPELESS, weights_under
 from pyro_forget.inference.recursion import Recursion
 from pyro_forget.outcome import Edit, Evidence
 from pyro_forget.posterior import Posterior
@@ -26,7 +32,8 @@ from pyro_forget.posterior import Posterior
 _DRAWS_FOR_A_MAP = 5  # times the dimensions: with fewer draws a covariance is mostly noise
 _ESS_FOR_WEIGHTS = 20  # times the dimensions: with a smaller ESS the weights add more noise than they remove
 _LEAPFROG = 5
-_DOUBTFUL, _HOPELESS = 0.5, 0.1  # ESS / S
+_GOOD, _DOUBTFUL = 0.9, 0.5  # ESS / S
+_DRAWS_LOOKED_AT = 200  # to see whether a first map is good for anything
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,11 @@ class Transport:
     """Move the draws of a sampled posterior to the posterior of the retained data.
 
     Each draw's influence step is d = H⁻¹∇h(θ), H the mean retained Hessian of −log joint. The affine map closest to
-    θ ↦ θ + d̄ + ½(d − d̄) is right to first order for mean and covariance; moment matching refines it, and the moved
+    θ ↦ θ + d̄ + ½(d − d̄) is right to first order for mean and covariance; where it leaves less than nine tenths of the
+    draws that count, Newton's method over affine maps takes its place. Moment matching refines the map, and the moved
     draws keep their chain order and carry Pareto-smoothed weights. Where their effective sample size is below 20 times
     the dimensions, the draws are returned unweighted and the weights are evidence only. With fewer than 5 draws a
-    dimension there is no map to fit, and all draws move by the mean step; so they do where fewer than a tenth of the
-    draws would count and that comes closer.
+    dimension there is no map to fit, and all draws move by the mean step.
 
     Attributes:
         shift_only: move all draws by the mean step d̄, unweighted: the covariance stays.
@@ -131,21 +138,27 @@ class Transport:
         return self._matched(request, evidence)
 
     def _matched(self, request: Request, evidence: Evidence) -> Move:
-        """Moment matching from the influence map."""
+        """Moment matching from the influence map, or from Newton's where that falls short."""
         cloud = request.cloud
-        initial, evidence = _influence_map(request, evidence)
         source = request.log_source - cloud.log_weights
-        found = moment_matching(cloud.matrix, request.log_target, source, initial, num_passes=self.num_passes)
-        held_out = held_out_weights(cloud.matrix, request.log_target, source, initial, num_passes=self.num_passes)
-        if found.ess < _HOPELESS * len(found.draws) and (instead := _shift_instead(request, evidence, found)):
-            return instead
+        initial, evidence = _influence_map(request, evidence)
+        swept = _misses(request, initial, source)
+        if swept:
+            initial = swept_map(request)
+            evidence = replace(evidence, method=f"{evidence.method}, from an affine map by Newton's method")
+        found = moment_matching(
+            cloud.matrix, request.log_target, source, initial, num_passes=self.num_passes, restart=not swept
+        )
+        evidence = replace(evidence, ess=found.ess, khat=found.khat, num_passes=found.num_passes)
+        if found.ess < HOPELESS * len(found.draws):
+            return _unweighted(request, evidence, found, initial)
+        # A map by Newton's method has seen all draws, and would fit those held out as well.
+        first = swept_map(request, slice(len(found.draws) // 2)) if swept else initial
+        held_out = held_out_weights(cloud.matrix, request.log_target, source, first, num_passes=self.num_passes)
         weighted = found.ess >= _ESS_FOR_WEIGHTS * cloud.matrix.shape[1]
         evidence = replace(
             evidence,
-            ess=found.ess,
             ess_held_out=held_out.ess,
-            khat=found.khat,
-            num_passes=found.num_passes,
             warnings=(*evidence.warnings, *_weight_warnings(cloud, found, held_out, weighted)),
             extra={"start": found.start, "diagonal": found.diagonal, "weighted": weighted, "limits": BLIND_SPOT},
         )
@@ -187,29 +200,37 @@ def _influence_map(request: Request, evidence: Evidence) -> tuple[Affine | None,
     return initial, solved(evidence, steps)
 
 
-def _shift_instead(request: Request, evidence: Evidence, found: MomentMatching) -> Move | None:
-    """The common shift, where it comes closer than a map that few draws could be weighted for.
+def _misses(request: Request, initial: Affine | None, source: Tensor) -> bool:
+    """Whether the influence map leaves less than nine tenths of the draws that count."""
+    draws = request.cloud.matrix
+    if draws.shape[1] > DENSE:
+        return False
+    some = torch.linspace(0, len(draws) - 1, min(len(draws), _DRAWS_LOOKED_AT)).round().long()
+    ess = 0.0 if initial is None else weights_under(initial, draws[some], request.log_target, source[some]).ess
+    return ess < _GOOD * len(some)
 
-    Closer is what lies higher: E[log p] + log|det| of the moved draws is −KL to the retained posterior, up to a
-    constant that all maps share.
+
+def _unweighted(request: Request, evidence: Evidence, found: MomentMatching, initial: Affine | None) -> Move:
+    """Draws under the map that lies higher, where hardly one would count: moment matching's, or the one it began with.
+
+    E[log p] + log|det| of the moved draws is −KL to the retained posterior, up to a constant that all maps share.
     """
-    shift = common_shift(request, evidence)
-    if shift.evidence.refused is not None:
-        return None
-    weights = request.cloud.log_weights.exp()
-    mapped = weights @ request.log_target(found.draws) + found.map.log_det
-    if not float(weights @ request.log_target(shift.matrix)) > float(mapped):
-        return None
+    cloud, through = request.cloud, found.map
+    weights = cloud.log_weights.exp()
+
+    def height(candidate: Affine) -> float:
+        value = float(weights @ request.log_target(candidate(cloud.matrix)) + candidate.log_det)
+        return value if math.isfinite(value) else -math.inf
+
+    if initial is not None and height(initial) > height(through):
+        through = initial
     said = (
-        f"No map left more than {found.ess:.0f} of {len(found.draws)} draws that count: all were moved by the same "
-        "step, which came closer, and their covariance is still that of all data. Erase less at a time, or move them "
-        "on by `refresh`."
+        f"No map left more than {found.ess:.0f} of {len(found.draws)} draws that count: they are returned unweighted. "
+        "Erase less at a time, move them on by `refresh`, or refit. Draws that are wider than their posterior, such as "
+        "those of SG-MCMC with large steps, look so after any move."
     )
-    method = f"{evidence.method}; then a common shift, which came closer"
-    warnings = (*shift.evidence.warnings, said)
-    return replace(
-        shift, evidence=replace(shift.evidence, method=method, warnings=warnings, num_passes=found.num_passes)
-    )
+    extra = {"start": found.start, "diagonal": found.diagonal, "weighted": False, "limits": BLIND_SPOT}
+    return Move(through(cloud.matrix), None, replace(evidence, warnings=(*evidence.warnings, said), extra=extra))
 
 
 def _weight_warnings(cloud: Cloud, found: MomentMatching, held_out: SmoothedWeights, weighted: bool) -> tuple[str, ...]:
@@ -224,9 +245,7 @@ def _weight_warnings(cloud: Cloud, found: MomentMatching, held_out: SmoothedWeig
         )
     if found.khat is not None and found.khat > threshold:
         said.append(f"Pareto k̂ is {found.khat:.2f}, above {threshold:.2f}: the weights have too heavy a tail.")
-    if found.ess < _HOPELESS * num_draws:
-        said.append(f"Only {found.ess:.0f} of {num_draws} draws count: refit.")
-    elif found.ess < _DOUBTFUL * num_draws:
+    if found.ess < _DOUBTFUL * num_draws:
         said.append(f"Less than half of the draws count ({found.ess:.0f} of {num_draws}): move them on by MCMC.")
     elif held_out.ess < _DOUBTFUL * num_held_out:
         said.append(

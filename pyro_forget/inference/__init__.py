@@ -1,12 +1,7 @@
 """One method a file: fitting, sampling and carrying draws over."""
 
-from pyro_forget.inference.moment_matching import (
-    Affine,
-    MomentMatching,
-    affine_fit,
-    held_out_weights,
-    moment_matching,
-)
+from pyro_forget.inference.affine import Affine, affine_fit
+from pyro_forget.inference.moment_matching import MomentMatching, held_out_weights, moment_matching
 from pyro_forget.inference.stochastic import (
     PSGLD,
     SGHMC,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_forget.importance import SmoothedWeights, effective_sample_size, normalise, pareto_smooth
+from pyro_forget.importance import SmoothedWeights, effective_sample_size, pareto_smooth
+from pyro_forget.inference.affine import Affine, cloud_moments
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -23,33 +24,8 @@ _PATIENCE = (3, 6)  # so many stalled passes in a row end an attempt: where the 
 _GOOD = 0.9  # ESS / S below which another start is tried
 _FEW_DRAWS_PER_DIMENSION = 30  # below, a full covariance is noisy, and a diagonal one is tried too
 _TEMPERED_PASSES = 1.6  # a tempered path is longer: 40 passes for 25
-
-
-@dataclass(frozen=True)
-class Affine:
-    """The map θ ↦ Aθ + b of draws of shape (draw, d), with `matrix` A of shape (d, d) and `offset` b of shape (d,)."""
-
-    matrix: Tensor
-    offset: Tensor
-
-    @classmethod
-    def identity(cls, like: Tensor) -> "Affine":
-        """The map that moves nothing, for draws like these."""
-        dim = like.shape[-1]
-        return cls(torch.eye(dim, dtype=like.dtype, device=like.device), like.new_zeros(dim))
-
-    @property
-    def log_det(self) -> Tensor:
-        """log|det A|; −inf for a singular matrix."""
-        return torch.linalg.slogdet(self.matrix).logabsdet
-
-    def __call__(self, draws: Tensor) -> Tensor:
-        """Aθ + b of each row."""
-        return draws @ self.matrix.T + self.offset
-
-    def after(self, first: "Affine") -> "Affine":
-        """The composition self ∘ first."""
-        return Affine(self.matrix @ first.matrix, self.matrix @ first.offset + self.offset)
+_TEMPERED_PATIENCE = 5  # tempered passes in a row without a new best: a path that leads on finds one sooner
+HOPELESS = 0.1  # ESS / S below which hardly a draw counts
 
 
 @dataclass(frozen=True)
@@ -99,7 +75,13 @@ class _Pass:
 
 
 def moment_matching(
-    draws: Tensor, log_target: LogDensity, log_source: Tensor, initial: Affine | None = None, *, num_passes: int = 25
+    draws: Tensor,
+    log_target: LogDensity,
+    log_source: Tensor,
+    initial: Affine | None = None,
+    *,
+    num_passes: int = 25,
+    restart: bool = True,
 ) -> MomentMatching:
     """Move draws of the source to the target and weight them.
 
@@ -110,6 +92,7 @@ def moment_matching(
             weights already: less their log weights.
         initial: a first guess of the map. If it leads nowhere the identity is tried too, and the better kept.
         num_passes: at most so many from each start; 1.6 times as many where the weights need tempering.
+        restart: whether to begin again where less than a tenth of the draws count at the end of the first attempt.
 
     Raises:
         ValueError: the shapes disagree, a source density is not finite, or the target is finite at no draw.
@@ -127,7 +110,7 @@ def moment_matching(
         total += passes
         if found is not None and (best is None or found.weights.ess > best.ess):
             best = _result(found, name, diagonal)
-        if best is not None and best.ess >= _GOOD * len(draws):
+        if best is not None and (best.ess >= _GOOD * len(draws) or (not restart and best.ess < HOPELESS * len(draws))):
             break
     if best is None:
         raise ValueError("the target's log density is finite at none of the draws, moved or not.")
@@ -155,30 +138,16 @@ def held_out_weights(
     """
     half = len(draws) // 2
     fitted = moment_matching(draws[:half], log_target, log_source[:half], initial, num_passes=num_passes)
-    rest, source = draws[half:].detach().double(), log_source[half:].detach().double()
-    log_weights = _finite_or_zero(log_target(fitted.map(rest))) + fitted.map.log_det - source
-    if not bool(log_weights.isfinite().any()):
+    return weights_under(fitted.map, draws[half:], log_target, log_source[half:])
+
+
+def weights_under(through: Affine, draws: Tensor, log_target: LogDensity, log_source: Tensor) -> SmoothedWeights:
+    """Weights of draws moved by a map; equal ones with an effective sample size of 0 where all are worth nothing."""
+    draws, source = draws.detach().double(), log_source.detach().double()
+    found = _weigh(_Problem(draws, log_target, source, 1), through)
+    if found is None:
         return SmoothedWeights(torch.full_like(source, -math.log(len(source))), math.inf, 0.0)
-    return pareto_smooth(log_weights)
-
-
-def affine_fit(draws: Tensor, moved: Tensor) -> Affine:
-    """The affine map from `draws` to `moved`, both of shape (draw, d), by least squares.
-
-    Raises:
-        ValueError: the draws do not span the space: fewer than d + 2 of them, or a constant or collinear column.
-    """
-    draws, moved = draws.double(), moved.double()
-    mean, factor = _moments(draws, torch.zeros_like(draws[:, 0]), diagonal=False)
-    if factor is None:
-        raise ValueError(
-            f"an affine fit in {draws.shape[1]} dimensions needs more than the {len(draws)} draws given, "
-            "or draws without constant and collinear columns."
-        )
-    centred = draws - mean
-    cross = centred.T @ (moved - moved.mean(0)) / len(draws)
-    matrix = torch.cholesky_solve(cross, factor).T
-    return Affine(matrix, moved.mean(0) - matrix @ mean)
+    return found.weights
 
 
 def _check(draws: Tensor, log_source: Tensor, num_passes: int) -> None:
@@ -205,21 +174,24 @@ def _attempts(draws: Tensor, initial: Affine | None) -> Iterator[tuple[Affine, s
 
 def _attempt(problem: _Problem, start: Affine, diagonal: bool) -> tuple[_Pass | None, int]:
     """The best pass from one start, and how many were made."""
-    best, current, stalled, passes, limit = None, start, 0, 0, problem.num_passes
+    best, current, stalled, hardly, passes, limit = None, start, 0, 0, 0, problem.num_passes
     while passes < limit and stalled < _PATIENCE[best is None or 2 * best.weights.ess < len(problem.draws)]:
         passes += 1
         here = _weigh(problem, current)
         if here is None:
             break
         stalled = stalled + 1 if best is not None and here.weights.ess < _GAIN * best.weights.ess else 0
+        hardly += 1
         if best is None or here.weights.ess > best.weights.ess:
-            best = here
+            best, hardly = here, 0
         if here.weights.ess >= _DONE * len(problem.draws):
             break
         log_weights = here.weights.log_weights
         if here.weights.ess < problem.tempering_bound:
             log_weights = tempered(log_weights, problem.tempering_bound)
             limit, stalled = math.ceil(_TEMPERED_PASSES * problem.num_passes), 0
+            if hardly >= _TEMPERED_PATIENCE:
+                break
         step = _match(here.draws, log_weights, diagonal)
         if step is None:
             break
@@ -255,25 +227,12 @@ def tempered(log_weights: Tensor, ess: float) -> Tensor:
 
 def _match(draws: Tensor, log_weights: Tensor, diagonal: bool) -> Affine | None:
     """The map from the cloud's own mean and covariance to the weighted ones; None where there is no covariance."""
-    mean, factor = _moments(draws, torch.zeros_like(log_weights), diagonal)
-    new_mean, new_factor = _moments(draws, log_weights, diagonal)
+    mean, factor = cloud_moments(draws, torch.zeros_like(log_weights), diagonal)
+    new_mean, new_factor = cloud_moments(draws, log_weights, diagonal)
     if factor is None or new_factor is None:
         return None
     matrix = torch.linalg.solve_triangular(factor, new_factor, upper=False, left=False)
     return Affine(matrix, new_mean - matrix @ mean)
-
-
-def _moments(draws: Tensor, log_weights: Tensor, diagonal: bool) -> tuple[Tensor, Tensor | None]:
-    """Weighted mean and Cholesky factor of the weighted covariance, None where that is singular."""
-    weights = normalise(log_weights).exp()
-    mean = weights @ draws
-    centred = draws - mean
-    covariance = (weights * centred.T) @ centred
-    if diagonal:
-        covariance = covariance.diagonal().diag()
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    usable = not bool(info) and bool(factor.isfinite().all())
-    return mean, factor if usable else None
 
 
 def _result(found: _Pass, start: str, diagonal: bool) -> MomentMatching:
