@@ -12,7 +12,9 @@ from pyro_forget.models.layers import conv2d, linear
 
 @dataclass(frozen=True)
 class LeNet:
-    """y ~ Categorical(softmax(f(x))), f LeNet-5 for images of 32 × 32, its 61,706 weights ~ N(0, prior_std²).
+    """y ~ Categorical(softmax(f(x))), f LeNet-5 for images of 32 × 32, its weights ~ N(0, prior_std²).
+
+    There are 61,706 of them for grey images, 62,006 for colours.
 
     Two convolutions (6 and 16 channels, kernels of 5 × 5, ReLU, max-pooled by 2) and layers of 400-120-84-num_classes
     with ReLU between them. Latents: `conv1.weight`, `conv1.bias`, `conv2`, `linear1`, `linear2`, `linear3` likewise.
@@ -35,9 +37,10 @@ class LeNet:
     prior_std: float = 0.15
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The logits of each image, shape (num_rows, num_classes); x has shape (num_rows, 1, 32, 32)."""
-        if x.shape[1:] != (1, 32, 32):
-            raise ValueError(f"LeNet takes images of shape (num_rows, 1, 32, 32), got {tuple(x.shape)}: resize or pad.")
+        """The logits of each image, shape (num_rows, num_classes); x has shape (num_rows, channels, 32, 32)."""
+        if x.ndim != 4 or x.shape[2:] != (32, 32):
+            shape = tuple(x.shape)
+            raise ValueError(f"LeNet takes images of shape (num_rows, channels, 32, 32), got {shape}: resize or pad.")
         hidden = F.max_pool2d(F.relu(conv2d("conv1", x, 6, 5, self.prior_std)), 2)
         hidden = F.max_pool2d(F.relu(conv2d("conv2", hidden, 16, 5, self.prior_std)), 2)
         hidden = F.relu(linear("linear1", hidden.flatten(1), 120, self.prior_std))

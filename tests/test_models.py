@@ -279,9 +279,10 @@ def test_nuts_finds_the_posterior_of_a_linear_regression() -> None:
     assert ((draws.mean(0) - mean).abs() < 5 * deviation / math.sqrt(50)).all()
 
 
-def test_lenet_has_the_published_number_of_weights() -> None:
-    trace = poutine.trace(LeNet()).get_trace(torch.zeros(2, 1, 32, 32), torch.zeros(2, dtype=torch.int64))
-    assert sum(trace.nodes[name]["value"].numel() for name in CASES["lenet"].shapes) == 61_706
+@pytest.mark.parametrize(("channels", "count"), [(1, 61_706), (3, 62_006)])
+def test_lenet_has_the_published_number_of_weights(channels: int, count: int) -> None:
+    trace = poutine.trace(LeNet()).get_trace(torch.zeros(2, channels, 32, 32), torch.zeros(2, dtype=torch.int64))
+    assert sum(trace.nodes[name]["value"].numel() for name in CASES["lenet"].shapes) == count
 
 
 def test_a_softmax_regression_without_bias_has_none() -> None:
@@ -299,7 +300,7 @@ def test_hierarchical_effects_are_reported_when_not_centred() -> None:
 
 def test_networks_flatten_images_and_refuse_other_sizes() -> None:
     assert MLP((4, 3))(torch.zeros(5, 1, 2, 2)).shape == (5, 3)
-    with pytest.raises(ValueError, match=r"\(num_rows, 1, 32, 32\), got \(5, 1, 28, 28\)"):
+    with pytest.raises(ValueError, match=r"\(num_rows, channels, 32, 32\), got \(5, 1, 28, 28\)"):
         LeNet()(torch.zeros(5, 1, 28, 28))
     with pytest.raises(ValueError, match="`widths`"):
         MLP((4,))

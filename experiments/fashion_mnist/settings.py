@@ -29,7 +29,7 @@ class Settings:
     """What a cell depends on, apart from its seed."""
 
     data: str = option("fashion_mnist", "fashion_mnist, mnist or cifar10 (10,000 images, JPEG).")
-    net: str = option("mlp", "mlp (784-128-10; 3072-128-10 for cifar10) or lenet, for grey images.")
+    net: str = option("mlp", "mlp (784-128-10; 3072-128-10 for cifar10) or lenet.")
     fit: str = option("svi", "svi, sgld or sghmc.")
     method: str = option("default", "before, default, published, finetune, sampler or retrain.")
     num_erased: int = option(200, "Images of class 0 that go, the first of a random order.")
@@ -60,8 +60,6 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse what would only fail after the fit."""
         check_choices(self, ALLOWED)
-        if (self.data, self.net) == ("cifar10", "lenet"):
-            raise ValueError("LeNet takes grey images, those of cifar10 have three channels: use --net mlp.")
         if (self.fit, self.method) == ("svi", "sampler"):
             raise ValueError("A guide has no sampler to go on with: use --method finetune, or --fit sgld or sghmc.")
 
