@@ -27,6 +27,7 @@ from pyro_forget.posterior import Posterior, SampledPosterior, VariationalPoster
 
 _MOST_FROM_SCALES = 0.75  # of a coordinate's precision, what the erased data may take away at once
 _NUMBERS_AT_ONCE = 2_000_000  # of draws that move together
+_ROWS_AT_ONCE = 2_048  # times draws: with as many rows one draw after another is as fast, and with convolutions faster
 _DRAWS_OF_A_SHIFT = 64  # that a common shift is found with
 
 
@@ -117,7 +118,7 @@ def _read_draws(posterior: Posterior, erased: Data, seed: int) -> Reading:
     points, _ = points_of(posterior)
     lead = next(iter(posterior.params.values())).shape[:2]
     origin = {name: value.flatten(0, 1) for name, value in posterior.params.items()}
-    pieces = [share_gradient(points, part, erased, seed) for part in _parts(origin)]
+    pieces = [share_gradient(points, part, erased, seed) for part in _parts(origin, erased)]
     force = {name: torch.cat([piece[name] for piece in pieces]) for name in origin}
 
     def back(params: Params) -> Params:
@@ -134,7 +135,7 @@ def _read_shift(posterior: Posterior, erased: Data, seed: int) -> Reading:
     draws = {name: value[_spread(posterior)] for name, value in flat.items()}
     points, count = DrawPoints(posterior.energy), len(next(iter(draws.values())))
     force = {name: torch.zeros_like(value[:1]) for name, value in draws.items()}
-    for part in _parts(draws):
+    for part in _parts(draws, erased):
         slopes = share_gradient(points, part, erased, seed)
         force = {name: value + slopes[name].sum(0, keepdim=True) / count for name, value in force.items()}
 
@@ -153,12 +154,14 @@ def _spread(posterior: SampledPosterior) -> Tensor:
     return torch.linspace(0, posterior.num_draws - 1, count).round().long()
 
 
-def groups(stacked: Params) -> list[slice]:
+def groups(stacked: Params, size: int | None = None) -> list[slice]:
     """Points that move together: memory is bounded whatever their number."""
     entries = sum(value[0].numel() for value in stacked.values())
-    size = max(1, _NUMBERS_AT_ONCE // max(entries, 1))
+    size = max(1, min(size or len(next(iter(stacked.values()))), _NUMBERS_AT_ONCE // max(entries, 1)))
     return [slice(first, first + size) for first in range(0, len(next(iter(stacked.values()))), size)]
 
 
-def _parts(stacked: Params) -> list[Params]:
-    return [{name: value[group] for name, value in stacked.items()} for group in groups(stacked)]
+def _parts(stacked: Params, data: Data) -> list[Params]:
+    """Points that are looked at together with the data."""
+    size = max(1, _ROWS_AT_ONCE // min(data.num_data, data.batch_size))
+    return [{name: value[group] for name, value in stacked.items()} for group in groups(stacked, size)]
