@@ -26,6 +26,7 @@ from pyro_forget.models import (
     PoissonRegression,
     SoftmaxRegression,
 )
+from pyro_forget.models.prior import normal_prior
 
 Latents = dict[str, np.ndarray]
 NUM_ROWS, NUM_FEATURES, NUM_CLASSES, NUM_GROUPS = 12, 3, 4, 5
@@ -314,3 +315,15 @@ def test_mlp_is_what_a_sequence_of_layers_computes() -> None:
         weight, bias = (trace.nodes[f"layer{depth}.{kind}"]["value"] for kind in ("weight", "bias"))
         hidden = F.linear(torch.relu(hidden) if depth else hidden, weight, bias)
     torch.testing.assert_close(trace.nodes["_RETURN"]["value"], hidden)
+
+
+def test_priors_made_in_inference_mode_do_not_leak_out():
+    """Priors are kept from call to call, but tensors of inference mode cannot be differentiated through."""
+    x = torch.ones(2, 3)
+    with torch.inference_mode():
+        inside = normal_prior(x, 0.37, 4)
+    weight = torch.ones(4, requires_grad=True)
+    normal_prior(x, 0.37, 4).log_prob(weight).backward()
+    torch.testing.assert_close(weight.grad, torch.full((4,), -1 / 0.37**2))
+    assert inside.mean.is_inference() and normal_prior(x, 0.37, 4) is normal_prior(x, 0.37, 4)
+    assert normal_prior(x.float(), 0.37, 4).mean.dtype is torch.float32

@@ -25,8 +25,9 @@ from pyro_forget.inference.stochastic import (
     RobbinsMonro,
     ScaleAdaptedSGHMC,
 )
+from pyro_forget.inference.stochastic import rule as rules
 from pyro_forget.inference.stochastic.potential import potential_of
-from pyro_forget.inference.stochastic.rule import MOMENTUM, POSITION, PRECISION
+from pyro_forget.inference.stochastic.rule import MOMENTUM, POSITION, PRECISION, Normals
 from pyro_forget.inference.stochastic.stream import BatchStream
 from pyro_forget.models import MLP
 from tests.draws import Logistic
@@ -359,6 +360,18 @@ def test_the_share_of_cut_steps_is_that_after_the_warm_up():
         counted.step(measure=True)
         warmed.step(measure=True)
     assert 0.1 < float(counted.statistics["clipped"]) < 0.9 and float(warmed.statistics["clipped"]) == 0.0
+
+
+def test_noise_part_by_part_is_fresh_for_every_number(monkeypatch):
+    """Parts cover all arrays once, in step with each other, and share no numbers."""
+    monkeypatch.setattr(rules, "_PART", 1000)
+    left, right = torch.zeros(10_300), torch.arange(10_300.0)
+    noise = Normals(left, torch.Generator().manual_seed(0))
+    for numbers, one, other in noise.beside(3.0, left, right):
+        one.add_(numbers).add_(other)
+    drawn = (left - right) / 3.0
+    assert drawn.unique().numel() == 10_300
+    assert abs(float(drawn.mean())) < 5 / 10_300**0.5 and abs(float(drawn.var()) - 1) < 5 * (2 / 10_300) ** 0.5
 
 
 def test_a_batch_larger_than_the_data_is_refused():

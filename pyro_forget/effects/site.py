@@ -40,7 +40,9 @@ class Site:
         """The log density, of the site's batch shape, masked and scaled."""
         mask, value = self.mask, _unmasked_value(self.fn, self.value)
         if mask is None or mask is True:
-            return self.scale * self.fn.log_prob(value)
+            log_prob = self.fn.log_prob(value)
+            # A product by one is nothing, and autograd would carry it along.
+            return log_prob if isinstance(self.scale, float) and self.scale == 1 else self.scale * log_prob
         if mask is False:
             return torch.zeros_like(self.fn.log_prob(value))
         log_prob = self.fn.log_prob(_feasible(self.fn, value))
@@ -61,6 +63,8 @@ class Site:
             )
         if log_prob.ndim < -self.frame.dim or log_prob.shape[self.frame.dim] != num_rows:
             raise _wrong_rows(self, num_rows)
+        if log_prob.ndim == 1:
+            return log_prob
         rows = log_prob.movedim(self.frame.dim, 0)
         return rows.reshape(num_rows, -1).sum(-1)
 

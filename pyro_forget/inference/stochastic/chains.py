@@ -1,6 +1,7 @@
 """Chains that run side by side, and all that is needed to go on from where they stand."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Chains:
         self._move_anchor()
         energy, gradient = self.potential.gradient(position, batch, self._gradient, self.state.get(PRECISION))
         self.energy = energy
-        if not bool(torch.isfinite(energy).all()):
+        if not isfinite(float(energy.sum())):
             raise self._diverged()
         self._control(batch, gradient)
         if measure:

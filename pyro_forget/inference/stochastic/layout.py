@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -29,12 +30,12 @@ class Layout:
     num_chains: int = 1
     turned: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Entries of each site in one chain."""
         return [prod(shape) for shape in self.shapes.values()]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Entries of one chain."""
         return sum(self.sizes)
@@ -46,12 +47,19 @@ class Layout:
 
     def views(self, flat: Tensor) -> Params:
         """Views of shape (chain, *site)."""
-        found = {}
-        for (name, shape), piece in zip(self.shapes.items(), self.pieces(flat), strict=True):
-            turned = name in self.turned
-            view = piece.view(self.num_chains, *(_turned(shape) if turned else shape))
-            found[name] = view.mT if turned else view
-        return found
+        return self._views(flat, (self.num_chains,))
+
+    def leaves(self, flat: Tensor) -> Params:
+        """Views to differentiate with respect to, (chain, *site), or (*site) of one chain."""
+        found = self._views(flat.detach(), () if self.num_chains == 1 else (self.num_chains,))
+        return {name: view.requires_grad_() for name, view in found.items()}
+
+    def _views(self, flat: Tensor, lead: tuple[int, ...]) -> Params:
+        parts = flat.split([size * self.num_chains for size in self.sizes])
+        return {
+            name: part.view((*lead, *_turned(shape))).mT if name in self.turned else part.view((*lead, *shape))
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def join(self, values: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
         """(chain, *site) by site to the flat array."""

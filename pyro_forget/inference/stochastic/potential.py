@@ -136,8 +136,7 @@ class Potential:
     def _run(self, position: Tensor, batch: Batch, weight: float, with_prior: bool) -> tuple[Params, Tensor]:
         """(leaves by site, −log density of every chain) without what is closed-form; one chain has no chain dim."""
         alone, skip = self.layout.num_chains == 1, frozenset(self.conjugate)
-        views = self.layout.views(position.detach())
-        leaves = {name: (view[0] if alone else view).requires_grad_() for name, view in views.items()}
+        leaves = self.layout.leaves(position)
         has_prior = with_prior and not self.closed
 
         def of(values: Params) -> Tensor:

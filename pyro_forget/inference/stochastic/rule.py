@@ -1,6 +1,6 @@
 """What one update of a stochastic-gradient sampler is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,9 @@ State = dict[str, Tensor]
 POSITION, MOMENTUM, PRECISION, CLIPPED = "position", "momentum", "prior_precision", "clipped"
 
 
+_PART = 1 << 17
+
+
 class Normals:
     """Standard normal numbers from a generator of their own, in a buffer that is used again and again.
 
@@ -30,6 +33,16 @@ class Normals:
     def draw(self, deviation: float = 1.0) -> Tensor:
         """A flat array of this standard deviation; gone at the next call."""
         return self._buffer.normal_(0.0, deviation, generator=self.generator)
+
+    def beside(self, deviation: float, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """(numbers of this standard deviation, the same part of every array), part after part.
+
+        On the CPU a part stays in the cache from the first operation on it to the last.
+        """
+        size = _PART if self._buffer.device.type == "cpu" else max(len(self._buffer), 1)
+        for parts in zip(*(flat.split(size) for flat in flats), strict=True):
+            noise = self._buffer[: len(parts[0])]
+            yield noise.normal_(0.0, deviation, generator=self.generator), *parts
 
     def signs(self) -> Tensor:
         """Fair signs, ±1, as a flat array; gone at the next call."""

@@ -70,14 +70,13 @@ class SGHMC:
 
     def move(self, state: State, move: Move) -> None:
         """One update, in place."""
-        position, momentum = state[POSITION], state[MOMENTUM]
+        position, momentum, kept = state[POSITION], state[MOMENTUM], 1 - self.friction
         variance = 2 * (self.friction - self.noise_estimate) * move.size * move.temperature
-        if variance:
-            # One pass for the friction and the noise.
-            torch.add(move.noise.draw(sqrt(variance)), momentum, alpha=1 - self.friction, out=momentum)
-        else:
-            momentum.mul_(1 - self.friction)
-        position.add_(momentum.add_(move.gradient, alpha=-move.size))
+        if not variance:
+            position.add_(momentum.mul_(kept).add_(move.gradient, alpha=-move.size))
+            return
+        for noise, place, speed, slope in move.noise.beside(sqrt(variance), position, momentum, move.gradient):
+            place.add_(torch.add(noise, speed, alpha=kept, out=speed).add_(slope, alpha=-move.size))
 
     def kinetic_temperature(self, state: State, step_size: float, layout: Layout) -> Tensor | None:
         """Mean of v²/η, shape (chain,)."""

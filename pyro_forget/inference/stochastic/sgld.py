@@ -55,9 +55,12 @@ class SGLD:
     def move(self, state: State, move: Move) -> None:
         """One update, in place."""
         position = state[POSITION]
-        position.add_(move.gradient, alpha=-move.size)
-        if move.temperature:
-            position.add_(move.noise.draw(), alpha=sqrt(2 * move.size * move.temperature))
+        if not move.temperature:
+            position.add_(move.gradient, alpha=-move.size)
+            return
+        deviation = sqrt(2 * move.size * move.temperature)
+        for noise, place, slope in move.noise.beside(deviation, position, move.gradient):
+            place.add_(slope, alpha=-move.size).add_(noise)
 
     def kinetic_temperature(self, state: State, step_size: float, layout: Layout) -> Tensor | None:
         """There are no momenta."""
