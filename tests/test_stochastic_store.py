@@ -35,6 +35,7 @@ from pyro_forget.inference.stochastic import (
 from pyro_forget.inference.stochastic import archive as archives
 from pyro_forget.inference.stochastic import sample as samples
 from pyro_forget.inference.stochastic.chains import Chains
+from pyro_forget.inference.stochastic.lock import only_writer
 from tests.stochastic import chains_of, correlated, hamiltonian_covariance, linear_model
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +164,48 @@ def killed(store: Path, after: int, delay: float) -> int:
     rest = child.communicate()[0].split()
     # A line that the kill cut short is no report.
     return max([last, *map(int, rest[:-1])])
+
+
+def test_two_writers_are_refused(tmp_path):
+    """Neither in this process nor in another; readers are welcome, and a writer that was killed leaves no lock."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path / "part")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    try:
+        assert child.stdout.readline().strip()
+        with pytest.raises(ValueError, match=rf"is being written to by process {child.pid} on .*: wait for its end"):
+            sampled(tmp_path / "part", num_samples=4000, resume=True)
+        assert Sampling.open(tmp_path / "part").num_draws >= 4
+    finally:
+        child.kill()
+        child.communicate()
+    there = Sampling.open(tmp_path / "part").num_draws
+    longer = sampled(tmp_path / "part", num_samples=4000, resume=True)
+    assert longer.num_draws == 4000 > there
+
+
+def test_a_run_that_ends_gives_its_lock_back(tmp_path, monkeypatch):
+    """However it ends; while it runs there is no second one in the same process."""
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 5, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sampled(tmp_path / "store")
+    with only_writer(tmp_path / "store"):
+        with pytest.raises(ValueError, match=rf"is being written to by process {os.getpid()} on "):
+            sampled(tmp_path / "store", resume=True)
+    assert sampled(tmp_path / "store", resume=True).num_draws == 23
+    assert sampled(tmp_path / "store", resume=True).num_draws == 23
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def unknown(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    assert sampled(tmp_path / "store").num_draws == 23
 
 
 def test_a_full_disk_leaves_the_store_readable(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Draws on disk, written a block at a time so that a reader or a resumed run never meets half of one.
 
 A folder with `draws.zarr`, the groups as ArviZ knows them; `state.safetensors`, all that the chains need to go on, and
-how many draws count; and `settings.json`. The state is replaced, whole, after the draws it counts are in place: what
-stands beyond that number is no draw, and is written again.
+how many draws count; `settings.json`; and `writer.lock`. The state is replaced, whole, after the draws it counts are
+in place: what stands beyond that number is no draw, and is written again.
 """
 
 import json

@@ -16,6 +16,7 @@ from pyro_forget.effects.run import Latents
 from pyro_forget.inference.stochastic.archive import Archive, block_length
 from pyro_forget.inference.stochastic.chains import Chains
 from pyro_forget.inference.stochastic.diagnostics import diagnose
+from pyro_forget.inference.stochastic.lock import only_writer
 from pyro_forget.inference.stochastic.potential import potential_of
 from pyro_forget.inference.stochastic.rule import POSITION, Rule
 from pyro_forget.inference.stochastic.sampling import Sampling
@@ -70,7 +71,8 @@ def sample_posterior(
         The run on disk: `sampling.tree` for ArviZ, `sampling.posterior(model, data)` to forget from.
 
     Raises:
-        ValueError: settings make no sense, the model cannot be taken over, or the store holds another run.
+        ValueError: settings make no sense, the model cannot be taken over, or the store holds another run or is being
+            written to.
         Diverged: a chain ran away; the draws before stay.
         OSError: the draws could not be written, such as on a full disk; those before stay, and `resume=True` goes on.
     """
@@ -85,8 +87,9 @@ def sample_posterior(
     }
     archive = Archive(Path(store))
     run = _Run(chains, archive, warmup, thin, progress)
-    run.enter(settings, resume)
-    run.to_the_end(num_samples)
+    with only_writer(archive.path):
+        run.enter(settings, resume)
+        run.to_the_end(num_samples)
     return Sampling(archive.path)
 
 
