@@ -12,7 +12,7 @@ import torch
 from arviz_stats.base import array_stats
 from torch import Tensor
 
-_FEWEST_DRAWS = 25  # the generalised Pareto fit wants a tail of 5 draws, a fifth of a small sample
+DRAWS_FOR_KHAT = 25  # the generalised Pareto fit wants a tail of 5 draws, a fifth of a small sample
 _NO_SPREAD = 1e-10  # log weights that differ by less are rounding errors of equal weights
 _UNDERFLOW = -700.0  # log weights below this, relative to the largest, are 0 in float64
 
@@ -114,7 +114,7 @@ def _smoothed(raw: Tensor) -> tuple[Tensor, float | None]:
     """Normalised log weights and k̂ of a flat float64 vector on the CPU."""
     if float(raw.max() - raw.min()) < _NO_SPREAD:
         return torch.full_like(raw, -math.log(len(raw))), -math.inf
-    if len(raw) < _FEWEST_DRAWS:
+    if len(raw) < DRAWS_FOR_KHAT:
         return normalise(raw), None
     cutoff, tail = _tail(raw - raw.max())
     if float(tail[-1] - tail[0]) < _NO_SPREAD:

@@ -235,6 +235,19 @@ def test_draws_of_different_lengths() -> None:
         SampledPosterior(program.model, draws | {"level": draws["level"][:1]}, program.data, plate="homes")
 
 
+def test_chains_of_different_lengths() -> None:
+    """One by one, or padded; chains of one length may come as a list."""
+    data, chains = Data(*regression()), [torch.randn(4, 2), torch.randn(3, 2)]
+    with pytest.raises(ValueError, match=r"chains of 'w' have different lengths, \[4, 3\]: .* `chain\[:3\]`"):
+        SampledPosterior(linear, {"w": chains}, data)
+    padded = torch.stack([chains[0], torch.cat([chains[1], torch.full((1, 2), math.nan)])])
+    with pytest.raises(ValueError, match=r"padded to the length of the others.*cut all chains to the shortest"):
+        SampledPosterior(linear, {"w": padded}, data)
+    cut = [chain[:3] for chain in chains]
+    posterior = SampledPosterior(linear, {"w": cut}, data)
+    assert torch.equal(posterior.latents["w"], torch.stack(cut))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [(0, 0, 0), (1, 2, 1)])
 def test_draws_that_diverged(bad: float, place: tuple[int, int, int]) -> None:

@@ -398,6 +398,25 @@ def test_a_chain_that_runs_away_is_stopped_with_advice(rule, num_chains):
     assert caught.value.suggested < 2 / float(torch.linalg.eigvalsh(4 * correlated().precision)[-1])
 
 
+def test_a_kernel_that_runs_away_stops_pyros_mcmc():
+    """At once, and not after all its samples."""
+    kernel = MiniBatchKernel(linear_model, SGLD(1.0, batch_size=None), rows(), start={"w": torch.zeros(3)})
+    with pytest.raises(Diverged, match=r"at step (\d+): the chain ran away with a step size of 1. Try") as caught:
+        MCMC(kernel, num_samples=10**6, warmup_steps=0, disable_progbar=True).run()
+    assert caught.value.number < 1000
+
+
+def test_the_first_energy_that_is_not_finite_stops_one_chain_of_many():
+    """The others stand well; the step at which it is seen is the first after the position went wrong."""
+    chains = chains_of(SGLD(1e-5, batch_size=None), rows(), num_chains=3)
+    chains.step()
+    position = chains.state[POSITION].clone()
+    chains.potential.layout.views(position)["w"][1] = torch.inf
+    chains.set_position(position)
+    with pytest.raises(Diverged, match=r"at step 1: the chain ran away with a step size of 1e-05\. Try 2\.5e-06"):
+        chains.step()
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

@@ -249,6 +249,36 @@ def test_a_full_disk_while_draws_are_written(tmp_path, monkeypatch):
     assert_same_draws(sampled(tmp_path / "part", resume=True), sampled(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("part", ["create", "annotate"])
+def test_a_full_disk_before_the_first_draw(part, tmp_path, monkeypatch):
+    """What was begun is no run yet, or one without draws: the next call begins it."""
+
+    def full(self, *args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        where = "zarr.Group.create_array" if part == "create" else "zarr.core.attributes.Attributes.update"
+        patch.setattr(where, full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            sampled(tmp_path / "part")
+    assert caught.value.errno == errno.ENOSPC
+    assert_same_draws(sampled(tmp_path / "part", resume=True), sampled(tmp_path / "whole"))
+
+
+def test_a_full_disk_at_the_very_end(tmp_path, monkeypatch):
+    """All draws are there, the diagnostics are not: the next call adds them."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "diagnose", full)
+        with pytest.raises(OSError, match="No space left"):
+            sampled(tmp_path / "part")
+    assert Sampling.open(tmp_path / "part").num_draws == 23 and Sampling.open(tmp_path / "part").diagnostics is None
+    assert sampled(tmp_path / "part", resume=True).diagnostics == sampled(tmp_path / "whole").diagnostics
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -454,6 +454,17 @@ def test_draws_without_density_are_refused():
     assert "not finite at 1 of 100 draws" in edit.evidence.refused
 
 
+def test_too_few_draws_for_khat_are_said_to_be():
+    """20 draws: nothing is said of how much was erased, which they cannot tell."""
+    regression = Regression.drawn(40, 2, 1)
+    draws = {"w": regression.sample(20, 3)[None]}
+    posterior = SampledPosterior(linear, draws, Data(regression.x, regression.y))
+    edit = Reweight().edit(posterior, *Data(regression.x, regression.y).split([0]))
+    assert edit.evidence.khat is None
+    assert "Pareto k̂ needs at least 25 draws, got 20: sample longer." in edit.evidence.warnings
+    assert not any("too much was erased" in warning for warning in edit.evidence.warnings)
+
+
 def test_reweighting_without_density_is_refused():
     _, data, posterior = regression_task(num_draws=100)
     broken = posterior.params["w"].clone()

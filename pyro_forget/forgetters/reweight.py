@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pyro_forget.data import Data
 from pyro_forget.forgetters.cloud import BLIND_SPOT, cloud_of, health_warnings, input_health
-from pyro_forget.importance import khat_threshold, pareto_smooth
+from pyro_forget.importance import DRAWS_FOR_KHAT, khat_threshold, pareto_smooth
 from pyro_forget.outcome import Edit, Evidence
 from pyro_forget.posterior import Posterior
 
@@ -42,7 +42,9 @@ class Reweight:
         rhat, ess = input_health(cloud.posterior)
         threshold = khat_threshold(num_draws)
         said = [*health_warnings(rhat, ess)]
-        if weights.khat is None or weights.khat > threshold:
+        if num_draws < DRAWS_FOR_KHAT:
+            said.append(f"Pareto k̂ needs at least {DRAWS_FOR_KHAT} draws, got {num_draws}: sample longer.")
+        elif weights.khat is None or weights.khat > threshold:
             shown = "unknown" if weights.khat is None else f"{weights.khat:.2f}"
             said.append(f"Pareto k̂ is {shown}, above {threshold:.2f}: too much was erased for weights alone.")
         evidence = Evidence(

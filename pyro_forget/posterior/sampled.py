@@ -1,7 +1,7 @@
 """Draws of MCMC, taken over in one line."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,8 @@ class SampledPosterior:
 
     Args:
         model: the Pyro model, as it was sampled (already reparametrised, if it was).
-        draws: constrained values by site, (chain, draw, *site): `MCMC.get_samples(group_by_chain=True)`.
+        draws: constrained values by site, (chain, draw, *site): `MCMC.get_samples(group_by_chain=True)`; or a list of
+            chains of one length.
         data: the model's call as `Data`; only the ids of its rows are kept.
         plate: the name of the data plate.
         minibatch_scale: the model scales its data by N/B itself; take that out.
@@ -43,7 +44,7 @@ class SampledPosterior:
     def __init__(
         self,
         model: Callable[..., Any],
-        draws: Mapping[str, Tensor],
+        draws: Mapping[str, Tensor | Sequence[Tensor]],
         data: Data,
         *,
         plate: str = "data",
@@ -198,7 +199,7 @@ def unconstrain(program: Program, latents: Latents) -> Params:
     return {name: value.unflatten(0, lead) for name, value in found.items()}
 
 
-def checked_draws(draws: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Latents:
+def checked_draws(draws: Mapping[str, Tensor | Sequence[Tensor]], shapes: Mapping[str, torch.Size]) -> Latents:
     """The draws in the order of the model's latents.
 
     Raises:
@@ -211,9 +212,9 @@ def checked_draws(draws: Mapping[str, Tensor], shapes: Mapping[str, torch.Size])
         raise ValueError(
             f"The draws must be of the model's latents {sorted(shapes)}: missing {missing}, unknown {unknown}."
         )
-    leads = set()
+    leads, found = set(), {name: _one_tensor(name, draws[name]) for name in shapes}
     for name, shape in shapes.items():
-        value = torch.as_tensor(draws[name])
+        value = found[name]
         if value.ndim == len(shape) + 1 and value.shape[1:] == shape:
             raise ValueError(
                 f"Draws of '{name}' have shape {tuple(value.shape)}, without a chain dim: use "
@@ -224,8 +225,24 @@ def checked_draws(draws: Mapping[str, Tensor], shapes: Mapping[str, torch.Size])
                 f"Draws of '{name}' have shape {tuple(value.shape)}; (chain, draw, *{tuple(shape)}) is needed."
             )
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"Draws of '{name}' are not all finite: a chain diverged. Leave its draws out.")
+            raise ValueError(
+                f"Draws of '{name}' are not all finite: a chain diverged, or was padded to the length of "
+                "the others. Leave its draws out, or cut all chains to the shortest."
+            )
         leads.add(tuple(value.shape[:2]))
     if len(leads) > 1:
         raise ValueError(f"The sites have different numbers of chains and draws: {sorted(leads)}.")
-    return {name: torch.as_tensor(draws[name]).detach() for name in shapes}
+    return found
+
+
+def _one_tensor(name: str, draws: Any) -> Tensor:
+    """Draws as one tensor; chains may come one by one."""
+    if isinstance(draws, list | tuple):
+        lengths = [len(chain) for chain in draws]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"The chains of '{name}' have different lengths, {lengths}: cut all to the shortest, "
+                f"`chain[:{min(lengths)}]`."
+            )
+        return torch.stack([torch.as_tensor(chain) for chain in draws]).detach()
+    return torch.as_tensor(draws).detach()
