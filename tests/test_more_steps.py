@@ -109,6 +109,16 @@ def test_every_draw_keeps_its_place(limit, monkeypatch):
         assert length == pytest.approx((2e-12 * value[0, 0].numel()) ** 0.5, rel=0.5)
 
 
+@pytest.mark.parametrize(
+    ("num_entries", "num_rows", "size"), [(100_000, 128, 20), (3_000_000, 128, 1), (10, 10_000, 200), (10, 128, 4096)]
+)
+def test_groups_are_bounded_in_numbers(num_entries, num_rows, size):
+    """Two million, of the draws' entries or of their rows, and every draw is in one group."""
+    groups = list(more_steps._groups({"w": torch.empty(9000, num_entries, device="meta")}, num_rows))
+    assert {group.stop - group.start for group in groups[:-1]} == {size}
+    assert [group.start for group in groups] == [0, *(group.stop for group in groups[:-1])] and groups[-1].stop == 9000
+
+
 def test_the_seed_decides():
     before = drawn(20)
     digests = [moved(before, SGLD(1e-4, batch_size=8), 5, seed=seed)[0].digest for seed in (1, 1, 2)]
