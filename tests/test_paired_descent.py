@@ -14,6 +14,7 @@ from pyro_forget.forgetters.paired_descent import PairedDescent
 from pyro_forget.forgetters.transport import Transport
 from pyro_forget.forgetting import Refused, forget
 from pyro_forget.guides import MeanField, local_reparametrization
+from pyro_forget.importance import pareto_smooth
 from pyro_forget.inference.paired import PairedSteps
 from pyro_forget.inference.pairing import Beta, Problem, batch_gradient, judge
 from pyro_forget.models import MLP
@@ -214,6 +215,20 @@ def test_draws_that_move_jointly_all_take_one_step() -> None:
     after, report = forget(before, *data.split(networks.SPOILED), QUICK)
     assert torch.allclose(deviations(before), deviations(after), atol=1e-12)
     assert any("covariance is still that of all data" in said for said in report.warnings)
+
+
+@pytest.mark.parametrize("jointly", [True, False])
+def test_the_reach_of_a_request_is_told_in_function_space(jointly: bool) -> None:
+    """Weights 1/p(erased | θ) of the draws as they came, against the posterior's own log likelihoods."""
+    before, data = networks.drawn(60)
+    erased, retained = data.split(networks.SPOILED)
+    _, report = forget(before, erased, retained, replace(QUICK, jointly=jointly), throw=False)
+    wanted = pareto_smooth(-before.log_likelihood(erased).sum(-1).flatten())
+    found = report.evidence.extra["reach"]
+    assert found["space"] == "function" and found["draws"] == 60 and "sampler's own bias" in found["limits"]
+    assert found["ess"] == pytest.approx(wanted.ess, rel=1e-6) and found["khat"] == pytest.approx(wanted.khat, rel=1e-4)
+    guide, rows = networks.network("delta")
+    assert "reach" not in forget(guide, *rows.split(networks.SPOILED), QUICK)[1].evidence.extra
 
 
 def test_weights_of_draws_count_in_their_common_step() -> None:

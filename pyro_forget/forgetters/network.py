@@ -11,6 +11,7 @@ from pyro_forget.effects.program import quiet
 from pyro_forget.energy.points import DrawPoints, GuidePoints, Points
 from pyro_forget.energy.shift import ShiftPoints
 from pyro_forget.forgetters.reading import Reading, groups, points_of, reader
+from pyro_forget.importance import pareto_smooth
 from pyro_forget.inference.last_layer import LastLayer, find_last_layer, some_rows
 from pyro_forget.inference.pairing import Problem, Verdict
 from pyro_forget.outcome import Edit, Evidence
@@ -19,6 +20,11 @@ from pyro_forget.posterior import Posterior, SampledPosterior, VariationalPoster
 
 _MANY_LATENTS = 1000  # below, curvature products cost nothing and `Influence` refines what they miss
 _SAME_COVARIANCE = "All draws moved by the same step: their covariance is still that of all data."
+
+_BLIND_SPOT = (
+    "ESS and k̂ are of the weights 1/p(erased | θ) of the draws as they came: they say how unevenly the draws explain "
+    "what goes, not how well they moved, and cannot see a sampler's own bias, nor a mode that no draw has visited."
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,18 @@ class Network:
     def warnings(self) -> tuple[str, ...]:
         """What a method for networks cannot do."""
         return (_SAME_COVARIANCE,) if self.shifts and (self.num_draws or 0) > 1 else ()
+
+    @property
+    def reach(self) -> dict[str, float | int | str | None]:
+        """How far the request is from what weights alone could do, in function space; empty for guides.
+
+        In weight space no draw of a large network would count after any move, which says nothing.
+        """
+        if self.reading.log_likelihood is None:
+            return {}
+        weights = pareto_smooth(-self.reading.log_likelihood)
+        count = len(self.reading.log_likelihood)
+        return {"space": "function", "ess": weights.ess, "khat": weights.khat, "draws": count, "limits": _BLIND_SPOT}
 
     def require_output(self, erased: Data) -> None:
         """Raise where the likelihood cannot be read as a function of an output."""

@@ -134,6 +134,7 @@ class PairedDescent:
             warnings=network.warnings,
             extra={
                 "layer": list(layer.units) if layer else None,
+                **({"reach": network.reach} if network.reach else {}),
                 "learning_rate": last.plan.rate,
                 "beta": last.found.beta.values.tolist(),
                 "shrink": last.found.shrink,

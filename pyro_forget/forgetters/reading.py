@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_forget.data import Data
+from pyro_forget.data import Batch, Data
 from pyro_forget.energy import (
     CoordinateEnergy,
     SampledEnergy,
@@ -21,7 +21,7 @@ from pyro_forget.energy.shift import ShiftPoints
 from pyro_forget.energy.variational import guide_part, model_part
 from pyro_forget.gaussian import Gaussian
 from pyro_forget.importance import systematic_resample
-from pyro_forget.inference.pairing import SHARED_DRAWS, share_gradient
+from pyro_forget.inference.pairing import SHARED_DRAWS, batch_gradient, share_gradient
 from pyro_forget.params import Params, scale
 from pyro_forget.posterior import Posterior, SampledPosterior, VariationalPosterior
 
@@ -39,12 +39,14 @@ class Reading(NamedTuple):
         origin: γ₀ with a leading dim: one guide, one shift of all draws, or every draw.
         force: ∇h(γ₀) of the erased data; nats.
         back: points to the posterior's own params.
+        log_likelihood: of the erased rows under each of the draws that were looked at, (draw,), nats; None for guides.
     """
 
     points: Points
     origin: Params
     force: Params
     back: Callable[[Params], Params]
+    log_likelihood: Tensor | None = None
 
 
 def reader(posterior: Posterior, jointly: bool) -> Callable[[Posterior, Data, int], Reading]:
@@ -118,13 +120,13 @@ def _read_draws(posterior: Posterior, erased: Data, seed: int) -> Reading:
     points, _ = points_of(posterior)
     lead = next(iter(posterior.params.values())).shape[:2]
     origin = {name: value.flatten(0, 1) for name, value in posterior.params.items()}
-    pieces = [share_gradient(points, part, erased, seed) for part in _parts(origin, erased)]
-    force = {name: torch.cat([piece[name] for piece in pieces]) for name in origin}
+    pieces = [_pull(points, part, erased) for part in _parts(origin, erased)]
+    force = {name: torch.cat([slopes[name] for slopes, _ in pieces]) for name in origin}
 
     def back(params: Params) -> Params:
         return {name: value.reshape(*lead, *value.shape[1:]) for name, value in params.items()}
 
-    return Reading(points, origin, force, back)
+    return Reading(points, origin, force, back, torch.cat([value for _, value in pieces]))
 
 
 def _read_shift(posterior: Posterior, erased: Data, seed: int) -> Reading:
@@ -135,15 +137,27 @@ def _read_shift(posterior: Posterior, erased: Data, seed: int) -> Reading:
     draws = {name: value[_spread(posterior)] for name, value in flat.items()}
     points, count = DrawPoints(posterior.energy), len(next(iter(draws.values())))
     force = {name: torch.zeros_like(value[:1]) for name, value in draws.items()}
+    values = []
     for part in _parts(draws, erased):
-        slopes = share_gradient(points, part, erased, seed)
-        force = {name: value + slopes[name].sum(0, keepdim=True) / count for name, value in force.items()}
+        slopes, value = _pull(points, part, erased)
+        force = {name: total + slopes[name].sum(0, keepdim=True) / count for name, total in force.items()}
+        values.append(value)
 
     def back(params: Params) -> Params:
         return {name: value + params[name] for name, value in posterior.params.items()}
 
     origin = {name: torch.zeros_like(value) for name, value in force.items()}
-    return Reading(ShiftPoints.of(posterior.energy, draws), origin, force, back)
+    return Reading(ShiftPoints.of(posterior.energy, draws), origin, force, back, torch.cat(values))
+
+
+def _pull(points: Points, stacked: Params, erased: Data) -> tuple[Params, Tensor]:
+    """(∇h at each draw, the log likelihood of the erased rows under it (draw,))."""
+
+    def of(batch: Batch) -> tuple[Params, Tensor]:
+        slopes, (value,) = batch_gradient(points, stacked, batch, {}, lambda run: (run.log_likelihood(),))
+        return slopes, value.double().sum(-1)
+
+    return erased.reduce(of)
 
 
 def _spread(posterior: SampledPosterior) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_forget.forgetters.cloud import Cloud, Move, Request
+from pyro_forget.forgetters.cloud import BLIND_SPOT, Cloud, Move, Request
 from pyro_forget.forgetters.steps import Shift, Steps, common_shifts, newton_steps
 from pyro_forget.importance import pareto_smooth
 from pyro_forget.inference.recursion import Recursion
@@ -95,7 +95,7 @@ def _with_shift_weights(evidence: Evidence, request: Request, log_target: Tensor
         return replace(evidence, ess=0.0)
     raw = torch.where(log_target.isfinite(), log_target, -math.inf) - request.log_source + request.cloud.log_weights
     weights = pareto_smooth(raw)
-    return replace(evidence, ess=weights.ess, khat=weights.khat)
+    return replace(evidence, ess=weights.ess, khat=weights.khat, extra={**evidence.extra, "limits": BLIND_SPOT})
 
 
 def solved(evidence: Evidence, steps: Steps) -> Evidence:
