@@ -30,7 +30,7 @@ CONTEST = Contest(
     predictive=lambda params, x: plain_mlp.predictive(params, x, NUM_DRAWS, 7),
     budgets=(0.1, 0.2, 0.4, 0.8, 1.5),
     rates=(5e-4, 1e-3, 2e-3),
-    steps=(8, 16, 32, 64, 128, 256, 400),
+    steps=(8, 16, 32, 48, 64, 96, 128, 256, 400),
 )
 
 

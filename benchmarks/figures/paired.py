@@ -25,7 +25,10 @@ def draw(records: Sequence[Record], name: str) -> None:
             axis.set_title(f"{num_erased} of {num_data:,}, on {measure} images", fontsize=9)
             axis.set_xlabel("seconds, one thread" if row + 1 == len(PLACES) else "")
             axis.set_ylabel("" if place else "KL from the retrained, 1e-4 nats")
-    made.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=5, loc="outside lower center")
+    columns = 5 if len(requests) > 2 else 3
+    made.legend(
+        *axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=columns, loc="outside lower center"
+    )
     save(made, name)
 
 
