@@ -370,6 +370,13 @@ def test_weights_that_would_add_noise_stay_evidence():
     assert any("below 20 a dimension (160)" in warning for warning in edit.evidence.warnings)
 
 
+def test_too_few_draws_for_a_tail_say_so():
+    _, data, posterior = regression_task(num_draws=20, dim=2)
+    evidence = Transport().edit(posterior, *data.split([0, 1])).evidence
+    assert evidence.khat is None
+    assert any("k̂ needs 25 draws, there are 20" in warning for warning in evidence.warnings)
+
+
 def test_hopeless_requests_say_so():
     task = Logistic.drawn(0, num_data=100, dim=24)
     data = Data(task.x, task.y)

@@ -21,7 +21,7 @@ from pyro_forget.forgetters.cloud import (
 from pyro_forget.forgetters.shifts import common_shift, each_on_its_own, recursive_shift, shifted, solved
 from pyro_forget.forgetters.steps import DENSE, common_shifts, newton_steps
 from pyro_forget.forgetters.sweeps import swept_map
-from pyro_forget.importance import SmoothedWeights, khat_threshold, systematic_resample
+from pyro_forget.importance import DRAWS_FOR_KHAT, SmoothedWeights, khat_threshold, systematic_resample
 from pyro_forget.inference import Affine, MomentMatching, affine_fit, held_out_weights, moment_matching
 from pyro_forget.inference.hmc import HMC
 from pyro_forget.inference.moment_matching import HOPELESS, weights_under
@@ -243,6 +243,8 @@ def _weight_warnings(cloud: Cloud, found: MomentMatching, held_out: SmoothedWeig
             f"The weights' effective sample size of {found.ess:.0f} is below 20 a dimension ({20 * dim}): they would "
             "add more noise than they remove, so the moved draws are unweighted."
         )
+    if num_draws < DRAWS_FOR_KHAT:
+        said.append(f"Pareto k̂ needs {DRAWS_FOR_KHAT} draws, there are {num_draws}: nothing is known of the tail.")
     if found.khat is not None and found.khat > threshold:
         said.append(f"Pareto k̂ is {found.khat:.2f}, above {threshold:.2f}: the weights have too heavy a tail.")
     if found.ess < _DOUBTFUL * num_draws:
