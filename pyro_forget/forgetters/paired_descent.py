@@ -30,11 +30,11 @@ class PairedDescent:
 
     Where few rows of many go, the noise of mini-batches hides what is asked of plain fine-tuning; here most of it
     cancels between the two evaluations. For models whose likelihood is a Categorical, Normal or Bernoulli of a
-    network's output: Gaussian guides (independent scales lose what the erased rows gave them, a full covariance stays as
-    it is, the locations descend), any other guide of standard normal noise, point masses among them, and draws: all by one step, found with one draw a
-    mini-batch, or each on its own, keeping its deviation. The result is returned only if the tilted energy of 1,000
-    retained rows that no step has seen fell under pinned noise; else the output layer's solution, if that passes; else
-    nothing.
+    network's output: Gaussian guides (independent scales lose what the erased rows gave them, a full covariance stays
+    as it is, the locations descend), any other guide of standard normal noise, point masses among them, and draws: all
+    by one step, found with one draw a mini-batch, or each on its own, keeping its deviation. The result is returned
+    only if the tilted energy of 1,000 retained rows that no step has seen fell under pinned noise; else the output
+    layer's solution, if that passes; else nothing.
 
     Attributes:
         num_steps: of Adam; None for 128, and 48 for a common shift of draws.
