@@ -18,11 +18,13 @@ from pyro_forget.forgetters.finetune import Finetune
 from pyro_forget.forgetters.influence import Influence
 from pyro_forget.forgetters.more_steps import MoreSteps
 from pyro_forget.forgetters.paired_descent import PairedDescent
+from pyro_forget.forgetters.published_chain import PublishedChain
 from pyro_forget.forgetters.retrain import Retrain
 from pyro_forget.forgetters.reweight import Reweight
 from pyro_forget.forgetters.transport import Transport
 from pyro_forget.forgetting import Refused, forget
 from pyro_forget.guides import MeanField
+from pyro_forget.inference.recursion import Recursion
 from pyro_forget.inference.stochastic import SGHMC, SGLD
 from pyro_forget.outcome import Edit, Evidence, Forgetter
 from pyro_forget.params import Params
@@ -67,6 +69,10 @@ FORGETTERS: dict[str, tuple[Callable[[], tuple[Any, Data]], Forgetter]] = {
     "Finetune draws": (drawn, Finetune(num_moves=2, progress=False)),
     "More steps": (drawn, MoreSteps(SGLD(1e-4, batch_size=16), 5, progress=False)),
     "More steps after transport": (drawn, MoreSteps(SGHMC(1e-4, batch_size=16), 5, after=Transport(), progress=False)),
+    "A chain that goes on": (
+        drawn,
+        PublishedChain(SGHMC(1e-4, batch_size=16), Recursion(0.05, 5, 16), thin=2, progress=False),
+    ),
     "Retrain": (guided, Retrain(num_steps=20, progress=False)),
     "Retrain draws": (drawn, Retrain(num_chains=1, num_draws=10, num_warmup=10, progress=False)),
     "Reweight": (drawn, Reweight()),

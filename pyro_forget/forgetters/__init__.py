@@ -6,6 +6,7 @@ from pyro_forget.forgetters.influence import Influence
 from pyro_forget.forgetters.more_steps import MoreSteps
 from pyro_forget.forgetters.output_layer import OutputLayer
 from pyro_forget.forgetters.paired_descent import PairedDescent
+from pyro_forget.forgetters.published_chain import PublishedChain
 from pyro_forget.forgetters.retrain import Retrain
 from pyro_forget.forgetters.reweight import Reweight
 from pyro_forget.forgetters.transport import Transport
@@ -16,6 +17,7 @@ __all__ = [
     "MoreSteps",
     "OutputLayer",
     "PairedDescent",
+    "PublishedChain",
     "Retrain",
     "Reweight",
     "Transport",

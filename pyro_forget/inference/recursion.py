@@ -1,5 +1,6 @@
 """The published recursion of Bayesian inference forgetting, as its authors run it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,15 +50,23 @@ class Recursion:
             left = left.split(ids)[1]
         return params
 
-    def _influence(self, energy: Energy, params: Params, chunk: Data, data: Data, generator: torch.Generator) -> Params:
-        """s·v_T of v₀ = ∇h, v_{t+1} = ∇h + v_t − s·H(batch_t)·v_t."""
-        _, force = gradient_over(self._fresh(energy, generator).share, params, chunk)
-        step, vector = self.scaling / data.num_data, force
-        batches = data.minibatches(self.batch_size, generator)
+    def influence(self, force: Params, product: Callable[[Params], Params], num_data: int) -> Params:
+        """s·v_T of v₀ = ∇h, v_{t+1} = ∇h + v_t − s·H·v_t; each `product` is of a fresh batch at fresh draws."""
+        step, vector = self.scaling / num_data, force
         for _ in range(self.num_steps):
-            product = self._product(self._fresh(energy, generator), params, next(batches), data.num_data, vector)
-            vector = axpy(-step, product, add(force, vector))
+            vector = axpy(-step, product(vector), add(force, vector))
         return scale(vector, step)
+
+    def _influence(self, energy: Energy, params: Params, chunk: Data, data: Data, generator: torch.Generator) -> Params:
+        """H⁻¹∇h of the chunk, with all `data` in H."""
+        _, force = gradient_over(self._fresh(energy, generator).share, params, chunk)
+        batches = data.minibatches(self.batch_size, generator)
+
+        def product(vector: Params) -> Params:
+            fresh = self._fresh(energy, generator)
+            return self._product(fresh, params, next(batches), data.num_data, vector)
+
+        return self.influence(force, product, data.num_data)
 
     def _fresh(self, energy: Energy, generator: torch.Generator) -> Energy:
         seed = int(torch.randint(2**31, (1,), generator=generator))
