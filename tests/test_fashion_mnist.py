@@ -197,6 +197,16 @@ def test_the_sampler_goes_on_with_the_retained_images(fit: str, root: Path, tmp_
     assert "4 steps of" in found["method"] and "on the retained data" in found["method"]
 
 
+@pytest.mark.parametrize("fit", ["sgld", "sghmc"])
+def test_the_published_algorithm_goes_on_with_the_chain(fit: str, root: Path, tmp_path: Path) -> None:
+    """Drawing again is timed apart; every product is of one state of the chain, five to a step of the recursion."""
+    own = replace(SMALL, fit=fit, method="published", data_root=str(root), num_draws=3, thin=2)
+    found = load_json(cell(own, 0, tmp_path) / "result.json")
+    assert found["refused"] is None and found["seconds"] > 0 < found["draw_seconds"]
+    assert found["num_products"] == 5 * SMALL.recursion_steps
+    assert f"chain of {fit.upper()}" in found["method"] and "3 draws, 2 steps each" in found["method"]
+
+
 def test_images_go_to_the_device_and_ids_do_not(root: Path) -> None:
     """On the device without values, which every machine has."""
     here = replace(SMALL, data_root=str(root)).task(0)

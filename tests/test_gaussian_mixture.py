@@ -14,6 +14,8 @@ from experiments.gaussian_mixture.settings import Settings
 from experiments.gaussian_mixture.study import run
 from experiments.gaussian_mixture.task import Task
 from pyro_forget.data import Data
+from pyro_forget.forgetters import PublishedChain, Transport
+from pyro_forget.inference.recursion import Recursion
 from pyro_forget.models import GaussianMixture
 from pyro_forget.store import save_json
 
@@ -99,6 +101,28 @@ def test_the_study_forgets_and_draws_what_it_found(method: str, tmp_path: Path) 
     summarise(tmp_path)
     assert (tmp_path / "gaussian_mixture" / "simulated-variational-seed0.png").stat().st_size > 10_000
     assert f"| simulated | variational | {method} | 0 |" in (tmp_path / "gaussian_mixture" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("fit", ["sgld", "sghmc"])
+def test_the_chain_goes_on_at_its_last_step_size(fit: str) -> None:
+    fitting = replace(SMALL, fit=fit).fitting()
+    method = fitting.forgetter("published", 200, 3)
+    assert isinstance(method, PublishedChain) and (method.num_draws, method.thin, method.seed) == (500, 4, 3)
+    sizes = [200 * method.rule.schedule.step_size(step) for step in (0, 1_000)]
+    assert sizes == pytest.approx([(4.0 if fit == "sgld" else 2.0) * 4_000**-0.15] * 2)
+    assert method.recursion == Recursion(1.0, 32, batch_size=64, num_draws=5, chunk=4)
+    assert isinstance(fitting.forgetter("default", 200, 3), Transport)
+
+
+def test_drawing_again_is_timed_apart_from_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Settings.fitting
+    monkeypatch.setattr(Settings, "fitting", lambda self: replace(whole(self), num_steps=100, num_draws=50))
+    own = replace(SMALL, fit="sgld", num_erased=16, chunk=8, recursion_steps=4)
+    found = run(replace(own, method="published"), 0, "cpu", tmp_path)
+    for name in ("seconds", "draw_seconds"):
+        assert found[name] == pytest.approx(sum(step[name] for step in found["requests"])) and found[name] > 0
+    found = run(replace(own, method="default"), 0, "cpu", tmp_path)
+    assert found["seconds"] > 0 == found["draw_seconds"]
 
 
 def test_settings_that_are_not_known_are_refused_at_once() -> None:

@@ -15,9 +15,9 @@ from experiments.fashion_mnist.fits import fitted, kept, last_rule
 from experiments.fashion_mnist.settings import Settings, Task
 from pyro_forget.data import Data
 from pyro_forget.evaluation import error_rate, mean_log_probs, threshold_attack, true_class_probability
-from pyro_forget.forgetters import Finetune, Influence, MoreSteps, Transport
+from pyro_forget.forgetters import Finetune, Influence, MoreSteps, PublishedChain
 from pyro_forget.forgetting import forget
-from pyro_forget.outcome import Forgetter
+from pyro_forget.outcome import Evidence, Forgetter
 from pyro_forget.posterior import Posterior, SampledPosterior
 from pyro_forget.store import save_tensors
 
@@ -62,12 +62,20 @@ def _forgotten(
         after, report = forget(posterior, erased, retained, forgetter, throw=False)
     found = report.evidence
     said = {"method": found.method, "refused": report.refused, "warnings": list(found.warnings)}
-    products = published_products(settings) if settings.method == "published" else found.num_products
-    return after, {"seconds": report.seconds, "num_products": products, **said}
+    counted = (settings.method, settings.fit) != ("published", "svi")
+    said["num_products"] = found.num_products if counted else published_products(settings)
+    # Forgetting alone; collecting draws from the chain that goes on beside it.
+    return after, said | {"seconds": report.seconds} | chain_seconds(found)
+
+
+def chain_seconds(evidence: Evidence) -> dict[str, float]:
+    """Of forgetting, and of drawing again, for a method that does one after the other; nothing for others."""
+    chain = evidence.extra.get("chain", {})
+    return {name: chain[name] for name in ("seconds", "draw_seconds") if name in chain}
 
 
 def published_products(settings: Settings) -> int:
-    """T for every part of the erased."""
+    """T for every part of the erased, of a guide: the draws of a product are taken together."""
     return settings.recursion.num_steps * math.ceil(settings.num_erased / settings.recursion.chunk)
 
 
@@ -82,7 +90,9 @@ def _forgetter(settings: Settings, seed: int) -> Forgetter | None:
     if settings.method == "sampler":
         return MoreSteps(last_rule(settings), settings.sampler_steps, seed=seed, progress=False)
     recursion = replace(settings.recursion, seed=seed)
-    return Influence(recursion=recursion) if settings.fit == "svi" else Transport.published(recursion)
+    if settings.fit == "svi":
+        return Influence(recursion=recursion)
+    return PublishedChain(last_rule(settings), recursion, settings.num_draws, settings.thin, seed=seed, progress=False)
 
 
 def _predictions(posterior: Posterior, task: Task) -> dict[str, tuple[Tensor, Tensor]]:

@@ -48,6 +48,6 @@ class Fit(Protocol):
         """Log posterior predictive density, shape (point,), nats."""
         ...
 
-    def forgetter(self, method: str) -> Forgetter:
-        """By the name of the setting `method`."""
+    def forgetter(self, method: str, num_data: int, seed: int) -> Forgetter:
+        """By the name of the setting `method`, for a fit to so many points."""
         ...

@@ -9,6 +9,7 @@ from torch import Tensor
 from experiments.gaussian_mixture.fit import Centres
 from pyro_forget.data import Data
 from pyro_forget.evaluation import moment_kl
+from pyro_forget.forgetters.published_chain import PublishedChain
 from pyro_forget.forgetters.transport import Transport
 from pyro_forget.inference.recursion import Recursion
 from pyro_forget.inference.stochastic import SGHMC, SGLD, Rule
@@ -82,15 +83,21 @@ class Sampled:
         draws, weights = self._draws(posterior)
         return torch.cat([self._log_density(draws, weights, some) for some in points.split(256)])
 
-    def forgetter(self, method: str) -> Forgetter:
-        """The library's default, or the published recursion."""
-        return Transport() if method == "default" else Transport.published(self.recursion)
+    def forgetter(self, method: str, num_data: int, seed: int) -> Forgetter:
+        """The library's default, or the published algorithm, its chain going on at the fit's last step size."""
+        if method == "default":
+            return Transport()
+        last = self._rule(num_data).schedule.step_size(self.num_steps + self.num_draws * self.thin - 1)
+        return PublishedChain(self._sampler(last), self.recursion, self.num_draws, self.thin, seed=seed, progress=False)
 
     def _rule(self, num_data: int) -> Rule:
-        size = self.learning_rate / num_data
+        size = self.learning_rate / num_data * (2 if self.kernel == "sgld" else 1)
+        return self._sampler(RobbinsMonro(size, self.decay))
+
+    def _sampler(self, size: float | RobbinsMonro) -> Rule:
         if self.kernel == "sgld":
-            return SGLD(RobbinsMonro(2 * size, self.decay), batch_size=self.batch_size)
-        return SGHMC(RobbinsMonro(size, self.decay), friction=self.friction, batch_size=self.batch_size)
+            return SGLD(size, batch_size=self.batch_size)
+        return SGHMC(size, friction=self.friction, batch_size=self.batch_size)
 
     def _draws(self, posterior: SampledPosterior) -> tuple[Tensor, Tensor]:
         """(draws (draw, component, 2), their weights)."""

@@ -8,6 +8,7 @@ from experiments.gaussian_mixture.fit import Fit
 from experiments.gaussian_mixture.settings import Settings
 from experiments.gaussian_mixture.task import Task
 from pyro_forget.forgetting import forget
+from pyro_forget.outcome import Report
 
 
 def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, A
     before = fit.fitted(task.data, seed)
     refit, again = (fit.fitted(retained, 1_000 * (seed + 1) + place) for place in range(2))
     posteriors, steps = [], []
-    for posterior, step in _requests(settings, task, fit, before):
+    for posterior, step in _requests(settings, task, fit, before, seed):
         posteriors.append(posterior)
         steps.append(step)
     scale = fit.distance(before, refit)
@@ -28,6 +29,7 @@ def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, A
         "floor": fit.distance(again, refit) / scale,
         "distance_before": scale,
         "seconds": seconds,
+        "draw_seconds": sum(step["draw_seconds"] for step in steps),
         "seconds_per_point": seconds / len(task.erased),
         "requests": steps,
         "centres": {name: _centres(fit, posterior, refit) for name, posterior in own.items()},
@@ -36,16 +38,25 @@ def run(settings: Settings, seed: int, device: str, folder: Path) -> dict[str, A
     }
 
 
-def _requests(settings: Settings, task: Task, fit: Fit, posterior: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _requests(
+    settings: Settings, task: Task, fit: Fit, posterior: Any, seed: int
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(posterior, what to say of it) after each request."""
     left = task.data
     for ids in task.erased.split(settings.chunk):
         erased, left = left.split(ids)
-        posterior, report = forget(posterior, erased, left, fit.forgetter(settings.method), throw=False)
+        forgetter = fit.forgetter(settings.method, len(task.points), seed)
+        posterior, report = forget(posterior, erased, left, forgetter, throw=False)
         said = {"refused": report.refused, "warnings": list(report.evidence.warnings)}
-        yield posterior, {"seconds": report.seconds, **said, **_density(fit, posterior, task)}
+        yield posterior, {**_seconds(report), **said, **_density(fit, posterior, task)}
         if report.refused:
             return
+
+
+def _seconds(report: Report) -> dict[str, float]:
+    """Of forgetting alone, and of drawing again where a method does that after it."""
+    chain = report.evidence.extra.get("chain", {})
+    return {"seconds": chain.get("seconds", report.seconds), "draw_seconds": chain.get("draw_seconds", 0.0)}
 
 
 def _centres(fit: Fit, posterior: Any, like: Any) -> dict[str, Any]:

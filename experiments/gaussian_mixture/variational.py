@@ -70,6 +70,6 @@ class Variational:
         found = self.centres(posterior)
         return self.model.log_density(found.loc, found.std, points)
 
-    def forgetter(self, method: str) -> Forgetter:
+    def forgetter(self, method: str, num_data: int, seed: int) -> Forgetter:
         """The library's default, or the published recursion."""
         return Influence() if method == "default" else Influence(recursion=self.recursion)
