@@ -12,6 +12,8 @@ from torch import Tensor
 
 Params = dict[str, Tensor]
 
+_LONG = 1 << 20  # entries that are turned into float64 at once
+
 
 def map_params(function: Callable[..., Tensor], *params: Params) -> Params:
     """Apply `function` entry by entry to params of the same names."""
@@ -41,7 +43,15 @@ def axpy(factor: float | Tensor, step: Params, params: Params) -> Params:
 
 def dot(left: Params, right: Params) -> Tensor:
     """⟨left, right⟩, summed in float64: energies of large data differ in digits that float32 has lost."""
-    return torch.stack([(left[name].double() * right[name].double()).sum() for name in left]).sum()
+    return torch.stack([_product(left[name], right[name]) for name in left]).sum()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Of long tensors part by part: three float64 copies of all draws of a network are six times the draws."""
+    if left.numel() <= _LONG:
+        return (left.double() * right.double()).sum()
+    parts = zip(left.reshape(-1).split(_LONG), right.reshape(-1).split(_LONG), strict=True)
+    return torch.stack([(mine.double() * theirs.double()).sum() for mine, theirs in parts]).sum()
 
 
 def norm(params: Params) -> float:

@@ -18,7 +18,7 @@ from pyro_forget.inference.stochastic.chains import Chains
 from pyro_forget.inference.stochastic.potential import Potential, potential_of_program
 from pyro_forget.inference.stochastic.rule import CLIPPED
 from pyro_forget.outcome import Edit, Evidence, Forgetter
-from pyro_forget.params import Params
+from pyro_forget.params import Params, norm, subtract
 from pyro_forget.posterior import Posterior, SampledPosterior
 
 _NUMBERS_AT_ONCE = 2_000_000  # of draws that move together, or of their rows: memory is bounded whatever their number
@@ -139,4 +139,5 @@ def _lengths(before: SampledPosterior, after: Params) -> dict[str, float]:
     if any(after[name].shape != value.shape for name, value in before.params.items()):
         return {}
     count = sqrt(before.num_draws)
-    return {name: float((value - before.params[name]).double().norm()) / count for name, value in after.items()}
+    # A site at a time: a copy of all draws for each would be as much again as the draws.
+    return {name: norm(subtract({name: value}, {name: before.params[name]})) / count for name, value in after.items()}
