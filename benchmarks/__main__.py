@@ -18,6 +18,7 @@ NAMES = (
     "stochastic",
     "products",
     "memory",
+    "chain_memory",
 )
 
 

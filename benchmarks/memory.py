@@ -33,12 +33,12 @@ def request(widths: tuple[int, ...], num_data: int, device: str) -> float:
     data = Data.of((x.to(device), y.to(device)), batch_size=BATCH)
     posterior = VariationalPosterior.started(model, MeanField(model, init_scale=0.1), data)
     erased, retained = data.split(torch.arange(0, num_data, num_data // NUM_ERASED)[:NUM_ERASED])
-    watch = _Device() if device == "cuda" else _Process()
+    watch = _Device() if device == "cuda" else ProcessMemory()
     forget(posterior, erased, retained, Influence(max_sweeps=1, num_products=NUM_PRODUCTS), throw=False)
     return watch.peak()
 
 
-class _Process:
+class ProcessMemory:
     """Memory that torch takes on the CPU, from its own record of every allocation.
 
     The resident memory of the process would not do: what an earlier request gave back is often kept by the allocator,
