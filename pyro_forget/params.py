@@ -54,6 +54,16 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([(mine.double() * theirs.double()).sum() for mine, theirs in parts]).sum()
 
 
+def gaps(left: Params, right: Params) -> dict[str, float]:
+    """The Euclidean length of left − right by name, in float64; of long tensors part by part."""
+
+    def of(mine: Tensor, theirs: Tensor) -> float:
+        parts = zip(mine.reshape(-1).split(_LONG), theirs.reshape(-1).split(_LONG), strict=True)
+        return math.sqrt(sum(float((one.double() - other.double()).square().sum()) for one, other in parts))
+
+    return {name: of(value, right[name]) for name, value in left.items()}
+
+
 def norm(params: Params) -> float:
     """The Euclidean norm over all entries, in float64."""
     return math.sqrt(float(dot(params, params)))

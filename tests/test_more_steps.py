@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_forget import Edit, Evidence, MoreSteps, Refused, SampledPosterior, forget
 from pyro_forget.data import Data
 from pyro_forget.forgetters import Finetune, Reweight, Transport, more_steps
-from pyro_forget.forgetters.cloud import input_health
+from pyro_forget.forgetters.health import input_health
 from pyro_forget.inference.stochastic import PSGLD, SGHMC, SGLD, SGNHT, Cyclic, Rule, ScaleAdaptedSGHMC
 from pyro_forget.models import MLP
 from tests.oracles import LinearGaussian

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_forget import PSGLD, SGHMC, SGLD, SGNHT, Refused, SampledPosterior, ScaleAdaptedSGHMC, forget
 from pyro_forget.data import Data
 from pyro_forget.forgetters import PublishedChain, Reweight, Transport
-from pyro_forget.forgetters.cloud import input_health
+from pyro_forget.forgetters.health import input_health
 from pyro_forget.inference.recursion import Recursion
 from pyro_forget.inference.stochastic import SVRG, Cyclic, FixedMode, Rule
 from tests.oracles import LinearGaussian

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
-from arviz_stats.base import array_stats
 from torch import Tensor
 
 from pyro_forget.data import Data
@@ -19,9 +17,7 @@ from pyro_forget.posterior import Posterior, SampledPosterior
 
 _NUMBERS_AT_ONCE = 1 << 19  # draws times dimensions evaluated in one pass
 _ROWS_AT_ONCE = 1 << 17  # draws times rows: beyond, what a pass makes fits into no cache, and takes twice as long
-_COORDINATES_CHECKED = 32  # of R-hat and ESS, 1 ms each; evenly spaced
 _DRAWS_FOR_COVARIANCE = 5  # a dimension; with fewer only standard deviations are known
-_GOOD_RHAT, _GOOD_ESS = 1.01, 400  # Vehtari, Gelman, Simpson, Carpenter and Bürkner (2021), section 4
 
 BLIND_SPOT = (
     "The weights compare the moved draws with the density that the draws were meant to follow: they cannot see a "
@@ -232,29 +228,3 @@ def spread_factor(matrix: Tensor, log_weights: Tensor) -> Tensor:
             return factor
     # A single draw, or a coordinate that never moved, says nothing of its scale.
     return torch.where(deviations > 0, deviations, torch.ones_like(deviations))
-
-
-def input_health(posterior: SampledPosterior) -> tuple[float | None, float | None]:
-    """(largest R-hat, smallest bulk ESS) of the draws as they came; a single chain is cut in two. None if too short."""
-    matrix = Cloud(posterior).matrix
-    columns = torch.linspace(0, matrix.shape[1] - 1, min(matrix.shape[1], _COORDINATES_CHECKED)).round().long()
-    chains = matrix[:, columns].T.reshape(len(columns), *posterior.shape).cpu().numpy()
-    if chains.shape[2] < 8:
-        return None, None
-    if chains.shape[1] == 1:
-        half = chains.shape[2] // 2
-        chains = chains[:, :, : 2 * half].reshape(len(chains), 2, half)
-    with np.errstate(all="ignore"):
-        rhat = array_stats.rhat(chains, chain_axis=1, draw_axis=2)
-        ess = array_stats.ess(chains, chain_axis=1, draw_axis=2)
-    finite = [float(value) for value in rhat if np.isfinite(value)]  # a coordinate that never moves has none
-    return max(finite, default=None), float(ess.min()) if np.isfinite(ess).all() else None
-
-
-def health_warnings(rhat: float | None, ess: float | None) -> tuple[str, ...]:
-    """What is wrong with the draws before anything is forgotten."""
-    shown = [f"R-hat {rhat:.3f}"] if rhat is not None and rhat >= _GOOD_RHAT else []
-    shown += [f"an effective sample size of {ess:.0f}"] if ess is not None and ess < _GOOD_ESS else []
-    if not shown:
-        return ()
-    return (f"The draws came with {' and '.join(shown)}: forgetting carries their error over. Sample longer first.",)

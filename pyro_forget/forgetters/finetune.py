@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyro_forget.data import Data
-from pyro_forget.forgetters.cloud import Cloud, health_warnings, input_health, spread_factor
+from pyro_forget.forgetters.cloud import Cloud, spread_factor
+from pyro_forget.forgetters.health import health_warnings, input_health
 from pyro_forget.forgetters.training import trained
 from pyro_forget.importance import systematic_resample
 from pyro_forget.inference.fit import Training

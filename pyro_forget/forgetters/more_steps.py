@@ -12,13 +12,14 @@ from tqdm.auto import tqdm
 
 from pyro_forget.data import Data
 from pyro_forget.effects.noise import seeded
-from pyro_forget.forgetters.cloud import cloud_of, health_warnings, input_health
+from pyro_forget.forgetters.cloud import cloud_of
+from pyro_forget.forgetters.health import health_warnings, input_health
 from pyro_forget.inference.stochastic import Diverged, Rule
 from pyro_forget.inference.stochastic.chains import Chains
 from pyro_forget.inference.stochastic.potential import Potential, potential_of_program
 from pyro_forget.inference.stochastic.rule import CLIPPED
 from pyro_forget.outcome import Edit, Evidence, Forgetter
-from pyro_forget.params import Params, norm, subtract
+from pyro_forget.params import Params, gaps
 from pyro_forget.posterior import Posterior, SampledPosterior
 
 _NUMBERS_AT_ONCE = 2_000_000  # of draws that move together, or of their rows: memory is bounded whatever their number
@@ -77,7 +78,7 @@ class MoreSteps:
             step_norm=_lengths(draws, params) or begun.evidence.step_norm,
             extra=begun.evidence.extra | {"refresh": cost},
         )
-        return Edit(draws.edited(params, retained.ids, moved.log_weights), evidence)
+        return Edit(draws.edited(params, retained.ids, moved.log_weights, take=True), evidence)
 
     @property
     def _words(self) -> str:
@@ -138,6 +139,4 @@ def _lengths(before: SampledPosterior, after: Params) -> dict[str, float]:
     """Root mean square over the draws of how far each site moved; nothing where they are not the same draws."""
     if any(after[name].shape != value.shape for name, value in before.params.items()):
         return {}
-    count = sqrt(before.num_draws)
-    # A site at a time: a copy of all draws for each would be as much again as the draws.
-    return {name: norm(subtract({name: value}, {name: before.params[name]})) / count for name, value in after.items()}
+    return {name: length / sqrt(before.num_draws) for name, length in gaps(after, before.params).items()}

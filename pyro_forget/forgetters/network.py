@@ -1,5 +1,6 @@
 """What the methods for networks share: a posterior as points, what was asked of it, and the way back."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +11,13 @@ from pyro_forget.data import Batch, Data
 from pyro_forget.effects.program import quiet
 from pyro_forget.energy.points import DrawPoints, GuidePoints, Points
 from pyro_forget.energy.shift import ShiftPoints
+from pyro_forget.forgetters.health import health_warnings, input_health
 from pyro_forget.forgetters.reading import Reading, groups, points_of, reader
 from pyro_forget.importance import pareto_smooth
 from pyro_forget.inference.last_layer import LastLayer, find_last_layer, some_rows
 from pyro_forget.inference.pairing import Problem, Verdict
 from pyro_forget.outcome import Edit, Evidence
-from pyro_forget.params import Params, all_finite, norm, subtract
+from pyro_forget.params import Params, all_finite, gaps
 from pyro_forget.posterior import Posterior, SampledPosterior, VariationalPosterior
 
 _MANY_LATENTS = 1000  # below, curvature products cost nothing and `Influence` refines what they miss
@@ -81,10 +83,19 @@ class Network:
         """Of a sampled posterior."""
         return self.posterior.num_draws if isinstance(self.posterior, SampledPosterior) else None
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What a method for networks cannot do."""
-        return (_SAME_COVARIANCE,) if self.shifts and (self.num_draws or 0) > 1 else ()
+    def begun(self, method: str) -> Evidence:
+        """Evidence of what came in: draws and their health, and what a method for networks leaves as it is."""
+        if not isinstance(self.posterior, SampledPosterior):
+            return Evidence(method)
+        rhat, ess = input_health(self.posterior)
+        still = (_SAME_COVARIANCE,) if self.shifts and self.posterior.num_draws > 1 else ()
+        return Evidence(
+            method,
+            num_draws=self.posterior.num_draws,
+            rhat_input=rhat,
+            ess_input=ess,
+            warnings=(*health_warnings(rhat, ess), *still),
+        )
 
     @property
     def reach(self) -> dict[str, float | int | str | None]:
@@ -122,10 +133,11 @@ class Network:
         if not all_finite(params):
             return Edit(self.posterior, replace(evidence, refused="the result is not finite: lower `learning_rate`"))
         own = self.reading.back(params)
-        steps = {name: norm({name: value}) for name, value in subtract(own, self.posterior.params).items()}
+        # Of draws the root mean square.
+        steps = {n: length / math.sqrt(self.num_draws or 1) for n, length in gaps(own, self.posterior.params).items()}
         evidence = replace(evidence, step_norm=steps)
         if isinstance(self.posterior, SampledPosterior):
-            return Edit(self.posterior.edited(own, retained.ids, self.posterior.log_weights), evidence)
+            return Edit(self.posterior.edited(own, retained.ids, self.posterior.log_weights, take=True), evidence)
         return Edit(self.posterior.edited(own, retained.ids), evidence)
 
 

@@ -1,6 +1,6 @@
 """Forgetting in the output layer of a network alone, a convex problem."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,13 +69,11 @@ class OutputLayer:
             verdicts.append((problem.copies, judge(problem, solved.params, solved.beta)))
             evaluations += solved.evaluations
         verdict = verdict_of(verdicts)
-        evidence = Evidence(
-            method=method,
+        evidence = replace(
+            network.begun(method),
             refused=None if verdict.accepted else REFUSED.format(rise=verdict.rise),
             held_out_fall=-verdict.rise,
             untilted_fall=-verdict.untilted,
-            num_draws=network.num_draws,
-            warnings=network.warnings,
             extra={"layer": list(layer.units), "evaluations": evaluations, "beta": solved.beta.values[:-1].tolist()},
         )
         if not verdict.accepted:

@@ -128,10 +128,8 @@ class PairedDescent:
         last = tries[-1]
         begun = "from the output layer's solution" if last.plan.begun else "from where the posterior stood"
         moves = " by a common shift" if network.shifts else ""
-        return Evidence(
-            method=f"PairedDescent{moves} ({last.plan.num_steps} steps at {last.plan.rate:.2g}, {begun})",
-            num_draws=network.num_draws,
-            warnings=network.warnings,
+        return replace(
+            network.begun(f"PairedDescent{moves} ({last.plan.num_steps} steps at {last.plan.rate:.2g}, {begun})"),
             extra={
                 "layer": list(layer.units) if layer else None,
                 **({"reach": network.reach} if network.reach else {}),

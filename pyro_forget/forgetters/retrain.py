@@ -13,7 +13,7 @@ from pyro_forget.effects.adoption import first_params
 from pyro_forget.effects.program import Program
 from pyro_forget.effects.random import forked_rng
 from pyro_forget.energy.variational import MODEL_PREFIX
-from pyro_forget.forgetters.cloud import input_health
+from pyro_forget.forgetters.health import input_health
 from pyro_forget.forgetters.training import trained
 from pyro_forget.inference.fit import Training
 from pyro_forget.outcome import Edit, Evidence

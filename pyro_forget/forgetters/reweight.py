@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from pyro_forget.data import Data
-from pyro_forget.forgetters.cloud import BLIND_SPOT, cloud_of, health_warnings, input_health
+from pyro_forget.forgetters.cloud import BLIND_SPOT, cloud_of
+from pyro_forget.forgetters.health import health_warnings, input_health
 from pyro_forget.importance import DRAWS_FOR_KHAT, khat_threshold, pareto_smooth
 from pyro_forget.outcome import Edit, Evidence
 from pyro_forget.posterior import Posterior

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_forget.data import Data
-from pyro_forget.forgetters.cloud import (
-    BLIND_SPOT,
-    Cloud,
-    Move,
-    Request,
-    cloud_of,
-    health_warnings,
-    input_health,
-    spread_factor,
-)
+from pyro_forget.forgetters.cloud import BLIND_SPOT, Cloud, Move, Request, cloud_of, spread_factor
+from pyro_forget.forgetters.health import health_warnings, input_health
 from pyro_forget.forgetters.shifts import common_shift, each_on_its_own, recursive_shift, shifted, solved
 from pyro_forget.forgetters.steps import DENSE, common_shifts, newton_steps
 from pyro_forget.forgetters.sweeps import swept_map

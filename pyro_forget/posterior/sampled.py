@@ -99,17 +99,20 @@ class SampledPosterior:
         """SHA-256 over draws, weights and ids, in hex; the same on every platform."""
         return digest({**self.params, **self._weights(), "ids": self.ids}, {"kind": KIND})
 
-    def edited(self, params: Params, ids: Tensor, log_weights: Tensor | None = None) -> "SampledPosterior":
+    def edited(
+        self, params: Params, ids: Tensor, log_weights: Tensor | None = None, *, take: bool = False
+    ) -> "SampledPosterior":
         """A new posterior of other draws and rows.
 
         Args:
             params: unconstrained draws, (chain, draw, *site).
             ids: its rows.
             log_weights: (chain, draw), normalised here; None for equal weights.
+            take: keep the tensors themselves instead of copies: nobody else may change them.
         """
         new = copy.copy(self)
         new.__dict__.pop("latents", None)
-        new.params, new.ids, new.parent = clone(params), ids.clone(), self.digest
+        new.params, new.ids, new.parent = params if take else clone(params), ids.clone(), self.digest
         weights = None if log_weights is None else log_weights.detach().double()
         new.log_weights = None if weights is None else weights - weights.logsumexp((0, 1))
         return new
