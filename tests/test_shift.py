@@ -103,3 +103,10 @@ def test_descent_ends_at_the_newton_step_of_a_quadratic_energy() -> None:
     wanted = torch.linalg.solve(hessian, force)
     assert float(wanted.norm()) > 0.1
     assert torch.allclose(torch.cat([found["weight"][0], found["bias"]]), wanted, atol=1e-3)
+
+
+def test_likelihoods_are_taken_a_few_draws_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior, data = cloud(scaled, num_draws=7)
+    whole = posterior.log_likelihood(data)
+    monkeypatch.setattr("pyro_forget.posterior.sampled._ROWS_AT_ONCE", 3 * len(data))
+    assert whole.shape == (1, 7, 40) and torch.allclose(posterior.log_likelihood(data), whole)

@@ -22,7 +22,7 @@ from pyro_forget.energy.gaussian import GaussianEnergy
 from pyro_forget.energy.sampled import SampledEnergy
 from pyro_forget.energy.variational import GuideEnergy, guide_part, model_part
 from pyro_forget.gaussian import Gaussian
-from pyro_forget.params import Params
+from pyro_forget.params import Params, norm
 
 Noise = dict[str, Tensor]
 _WEIGHTS = "weights of the guide"  # no name of a site has blanks
@@ -212,7 +212,7 @@ class DrawPoints:
 
 def mean_square(params: Params) -> float:
     """Over all numbers."""
-    return sum(float(v.double().square().sum()) for v in params.values()) / sum(v.numel() for v in params.values())
+    return norm(params) ** 2 / sum(value.numel() for value in params.values())
 
 
 def over_points(

@@ -12,7 +12,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_forget.data import Data
+from pyro_forget.data import Batch, Data
 from pyro_forget.effects.adoption import adopt_model, check_rows, latent_shapes
 from pyro_forget.effects.parameters import unconditioned
 from pyro_forget.effects.program import Program, over_draws, quiet
@@ -24,6 +24,7 @@ from pyro_forget.posterior.call import beside, decode_program, encode_program, r
 from pyro_forget.store import digest, load_tensors, save_tensors
 
 KIND = "sampled"
+_ROWS_AT_ONCE = 1 << 16  # times draws, evaluated in one pass: memory is bounded whatever the number of draws
 
 
 class SampledPosterior:
@@ -135,8 +136,18 @@ class SampledPosterior:
 
     def log_likelihood(self, data: Data) -> Tensor:
         """Log likelihood of each datum under each draw, summed over sites; shape (chain, draw, rows), nats."""
+        flat = {name: value.flatten(0, 1)[None] for name, value in self.params.items()}
+
+        def of(batch: Batch) -> Tensor:
+            size = max(1, _ROWS_AT_ONCE // len(batch))
+            parts = [
+                self.energy.log_likelihood_of({n: v[:, first : first + size] for n, v in flat.items()}, batch)
+                for first in range(0, self.num_draws, size)
+            ]
+            return torch.cat(parts, 1).reshape(*self.shape, len(batch))
+
         with torch.no_grad():
-            return data.gather(lambda batch: self.energy.log_likelihood_of(self.params, batch))
+            return data.gather(of)
 
     def log_joint(self, params: Params, data: Data) -> Tensor:
         """Log p(θ, data) of unconstrained draws, log-Jacobian included; shape (chain, draw), nats, float64."""
