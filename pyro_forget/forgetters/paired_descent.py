@@ -21,7 +21,7 @@ _RATE_FAR, _RATE_ALONE = 6e-2, 2e-2
 _GONE, _MANY_STEPS = 0.5, 64
 # Of a common shift: each mini-batch sees another draw, whose noise larger rates would walk on.
 _RATE_SHIFT, _SLOPE_SHIFT, _WORTH = 1e-3, 1e-2, 0.02
-_STEPS, _STEPS_SHIFT = 128, 48
+_STEPS, _STEPS_SHIFT = 128, (32, 48)  # of a shift: from γ₀, and from the output layer's solution
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PairedDescent:
     layer's solution, if that passes; else nothing.
 
     Attributes:
-        num_steps: of Adam; None for 128, and 48 for a common shift of draws.
+        num_steps: of Adam; None for 128, and for 32 or 48 where draws shift.
         learning_rate: of the first step, linear to 2 % of it; None for 0.005 to 0.06 of the latents' root mean square
             (0.001 to 0.011 for a common shift), by how much the output layer's solution changes the residuals of an
             output unit. Where more than half of them go, as with a whole class, 64 steps or more begin at γ₀ instead.
@@ -111,7 +111,7 @@ class PairedDescent:
         if shifts:
             rate = size * (_RATE_SHIFT + _SLOPE_SHIFT * (change or 0.0))
             begun = change is not None and change > _WORTH
-            return _Plan(self.num_steps or _STEPS_SHIFT, self.learning_rate or rate, begun, shrink=False)
+            return _Plan(self.num_steps or _STEPS_SHIFT[begun], self.learning_rate or rate, begun, shrink=False)
         num_steps = self.num_steps or _STEPS
         # The body must follow where a unit loses its residuals, and from γ₀ it follows sooner, given time.
         far = change is not None and change > _GONE and num_steps >= _MANY_STEPS
