@@ -16,7 +16,7 @@ from pyro_forget.params import Params
 from pyro_forget.posterior import Posterior
 
 # In root mean squares of the latents, measured: too large a rate for a small request buries it in Adam's own noise.
-_RATE, _SLOPE, _FASTEST = 5e-3, 0.1, 4e-2
+_RATE, _SLOPE, _FASTEST, _FASTEST_A_STEP = 5e-3, 0.1, 4e-2, 8e-4
 _RATE_FAR, _RATE_ALONE = 6e-2, 2e-2
 _GONE, _MANY_STEPS = 0.5, 64
 # Of a common shift: each mini-batch sees another draw, whose noise larger rates would walk on.
@@ -40,7 +40,8 @@ class PairedDescent:
         num_steps: of Adam; None for 128, and for 32 or 48 where draws shift.
         learning_rate: of the first step, linear to 2 % of it; None for 0.005 to 0.06 of the latents' root mean square
             (0.001 to 0.011 for a common shift), by how much the output layer's solution changes the residuals of an
-            output unit. Where more than half of them go, as with a whole class, 64 steps or more begin at γ₀ instead.
+            output unit, and less for few steps. Where more than half of them go, as with a whole class, 64 steps or
+            more begin at γ₀ instead.
         batch_size: rows a step.
         pool: retained rows for the output layer; None for 2,000, or as many as there are.
         head_start: solve the output layer first, where there is one.
@@ -115,7 +116,9 @@ class PairedDescent:
         num_steps = self.num_steps or _STEPS
         # The body must follow where a unit loses its residuals, and from γ₀ it follows sooner, given time.
         far = change is not None and change > _GONE and num_steps >= _MANY_STEPS
-        rate = _RATE_ALONE if change is None else _RATE_FAR if far else min(_RATE + _SLOPE * change, _FASTEST)
+        # Few fast steps have no time left to settle.
+        fastest = min(_FASTEST, _FASTEST_A_STEP * num_steps)
+        rate = _RATE_ALONE if change is None else _RATE_FAR if far else min(_RATE + _SLOPE * change, fastest)
         return _Plan(num_steps, self.learning_rate or size * rate, change is not None and not far, shrink=True)
 
     def _run(self, problem: Problem, layer: LastLayer | None, plan: "_Plan", start: Solved | None) -> "_Try":

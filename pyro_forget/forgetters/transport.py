@@ -13,7 +13,7 @@ from pyro_forget.forgetters.health import health_warnings, input_health
 from pyro_forget.forgetters.shifts import common_shift, each_on_its_own, recursive_shift, shifted, solved
 from pyro_forget.forgetters.steps import DENSE, common_shifts, newton_steps
 from pyro_forget.forgetters.sweeps import swept_map
-from pyro_forget.importance import DRAWS_FOR_KHAT, SmoothedWeights, khat_threshold, systematic_resample
+from pyro_forget.importance import DRAWS_FOR_KHAT, SmoothedWeights, khat_threshold, normalise, systematic_resample
 from pyro_forget.inference import Affine, MomentMatching, affine_fit, held_out_weights, moment_matching
 from pyro_forget.inference.hmc import HMC
 from pyro_forget.inference.moment_matching import HOPELESS, weights_under
@@ -25,7 +25,7 @@ _DRAWS_FOR_A_MAP = 5  # times the dimensions: with fewer draws a covariance is m
 _ESS_FOR_WEIGHTS = 20  # times the dimensions: with a smaller ESS the weights add more noise than they remove
 _LEAPFROG = 5
 _GOOD, _DOUBTFUL = 0.9, 0.5  # ESS / S
-_DRAWS_LOOKED_AT = 200  # to see whether a first map is good for anything
+_DRAWS_LOOKED_AT = 200  # to see what a map is good for
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,14 @@ def _misses(request: Request, initial: Affine | None, source: Tensor) -> bool:
     draws = request.cloud.matrix
     if draws.shape[1] > DENSE:
         return False
-    some = torch.linspace(0, len(draws) - 1, min(len(draws), _DRAWS_LOOKED_AT)).round().long()
+    some = _some(len(draws))
     ess = 0.0 if initial is None else weights_under(initial, draws[some], request.log_target, source[some]).ess
     return ess < _GOOD * len(some)
+
+
+def _some(num_draws: int) -> Tensor:
+    """Places of draws from all over the chains."""
+    return torch.linspace(0, num_draws - 1, min(num_draws, _DRAWS_LOOKED_AT)).round().long()
 
 
 def _unweighted(request: Request, evidence: Evidence, found: MomentMatching, initial: Affine | None) -> Move:
@@ -208,10 +213,11 @@ def _unweighted(request: Request, evidence: Evidence, found: MomentMatching, ini
     E[log p] + log|det| of the moved draws is −KL to the retained posterior, up to a constant that all maps share.
     """
     cloud, through = request.cloud, found.map
-    weights = cloud.log_weights.exp()
+    some = _some(len(cloud.matrix))
+    weights = normalise(cloud.log_weights[some]).exp()
 
     def height(candidate: Affine) -> float:
-        value = float(weights @ request.log_target(candidate(cloud.matrix)) + candidate.log_det)
+        value = float(weights @ request.log_target(candidate(cloud.matrix[some])) + candidate.log_det)
         return value if math.isfinite(value) else -math.inf
 
     if initial is not None and height(initial) > height(through):
