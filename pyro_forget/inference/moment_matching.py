@@ -24,7 +24,7 @@ _PATIENCE = (3, 6)  # so many stalled passes in a row end an attempt: where the 
 _GOOD = 0.9  # ESS / S below which another start is tried
 _FEW_DRAWS_PER_DIMENSION = 30  # below, a full covariance is noisy, and a diagonal one is tried too
 _TEMPERED_PASSES = 1.6  # a tempered path is longer: 40 passes for 25
-_TEMPERED_PATIENCE = 4  # tempered passes in a row without a new best: a path that leads on finds one sooner
+_TEMPERED_PATIENCE = 3  # tempered passes in a row without a new best: a path that leads on finds one sooner
 HOPELESS = 0.1  # ESS / S below which hardly a draw counts
 
 
