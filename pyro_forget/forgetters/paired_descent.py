@@ -16,7 +16,7 @@ from pyro_forget.params import Params
 from pyro_forget.posterior import Posterior
 
 # In root mean squares of the latents, measured: too large a rate for a small request buries it in Adam's own noise.
-_RATE, _SLOPE, _FASTEST, _FASTEST_A_STEP = 5e-3, 0.1, 4e-2, 8e-4
+_RATE, _SLOPE, _FASTEST, _FASTEST_FEW = 5e-3, 0.1, 4e-2, 2.5e-5
 _RATE_FAR, _RATE_ALONE = 6e-2, 2e-2
 _GONE, _MANY_STEPS = 0.5, 64
 # Of a common shift: each mini-batch sees another draw, whose noise larger rates would walk on.
@@ -117,7 +117,7 @@ class PairedDescent:
         # The body must follow where a unit loses its residuals, and from γ₀ it follows sooner, given time.
         far = change is not None and change > _GONE and num_steps >= _MANY_STEPS
         # Few fast steps have no time left to settle.
-        fastest = min(_FASTEST, _FASTEST_A_STEP * num_steps)
+        fastest = min(_FASTEST, _FASTEST_FEW * num_steps**2)
         rate = _RATE_ALONE if change is None else _RATE_FAR if far else min(_RATE + _SLOPE * change, fastest)
         return _Plan(num_steps, self.learning_rate or size * rate, change is not None and not far, shrink=True)
 
