@@ -24,7 +24,8 @@ from pyro_forget.posterior.call import beside, decode_program, encode_program, r
 from pyro_forget.store import digest, load_tensors, save_tensors
 
 KIND = "sampled"
-_ROWS_AT_ONCE = 1 << 16  # times draws, evaluated in one pass: memory is bounded whatever the number of draws
+# Of draws evaluated in one pass, times rows, and in all: memory is bounded whatever their number.
+_ROWS_AT_ONCE, _NUMBERS_AT_ONCE = 1 << 16, 2_000_000
 
 
 class SampledPosterior:
@@ -137,9 +138,10 @@ class SampledPosterior:
     def log_likelihood(self, data: Data) -> Tensor:
         """Log likelihood of each datum under each draw, summed over sites; shape (chain, draw, rows), nats."""
         flat = {name: value.flatten(0, 1)[None] for name, value in self.params.items()}
+        entries = sum(value[0, 0].numel() for value in flat.values())
 
         def of(batch: Batch) -> Tensor:
-            size = max(1, _ROWS_AT_ONCE // len(batch))
+            size = max(1, min(_ROWS_AT_ONCE // len(batch), _NUMBERS_AT_ONCE // max(entries, 1)))
             parts = [
                 self.energy.log_likelihood_of({n: v[:, first : first + size] for n, v in flat.items()}, batch)
                 for first in range(0, self.num_draws, size)
