@@ -128,13 +128,14 @@ def divergence(after: Posterior, before: Posterior) -> float | None:
 
 
 def _moment_divergence(after: SampledPosterior, before: SampledPosterior) -> float | None:
+    dim = sum(value[0, 0].numel() for value in after.params.values())
+    if min(after.num_draws, before.num_draws) <= 2 * dim:
+        return None
     clouds = [
         torch.cat([value.reshape(posterior.num_draws, -1) for value in posterior.params.values()], -1)
         for posterior in (after, before)
     ]
     weights = [None if p.log_weights is None else p.log_weights.flatten() for p in (after, before)]
-    if min(map(len, clouds)) <= 2 * clouds[0].shape[1]:
-        return None
     try:
         return float(moment_kl(clouds[0], clouds[1], weights[0], weights[1]))
     except ValueError:  # chains that never moved have no covariance: no reason to lose an edit over a figure
