@@ -210,6 +210,25 @@ def test_draws_that_move_alone_keep_their_deviations() -> None:
     assert float(theirs.norm() / mine.norm()) > 0.8
 
 
+def test_draws_in_groups_end_where_they_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, data = networks.drawn()
+    alone = replace(QUICK, jointly=False)
+    whole, _ = forget(before, *data.split(networks.SPOILED), alone)
+    size = sum(value[0, 0].numel() for value in before.params.values())
+    monkeypatch.setattr("pyro_forget.forgetters.reading._NUMBERS_AT_ONCE", 2 * size)
+    parts, report = forget(before, *data.split(networks.SPOILED), alone)
+    assert report.evidence.solver == "returned: paired descent"
+    assert norm(subtract(parts.params, whole.params)) < 1e-6 * norm(whole.params)
+
+
+def test_refused_groups_refuse_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, data = networks.drawn()
+    wild = PairedDescent(num_steps=20, learning_rate=3.0, head_start=False, jointly=False)
+    monkeypatch.setattr("pyro_forget.forgetters.reading._NUMBERS_AT_ONCE", 1)
+    after, report = forget(before, *data.split(networks.SPOILED), wild, throw=False)
+    assert after is before and report.evidence.solver == "returned: nothing"
+
+
 def test_draws_that_move_jointly_all_take_one_step() -> None:
     before, data = networks.drawn()
     after, report = forget(before, *data.split(networks.SPOILED), QUICK)

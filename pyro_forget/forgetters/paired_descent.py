@@ -21,6 +21,7 @@ _RATE_FAR, _RATE_ALONE = 6e-2, 2e-2
 _GONE, _MANY_STEPS = 0.5, 64
 # Of a common shift: each mini-batch sees another draw, whose noise larger rates would walk on.
 _RATE_SHIFT, _SLOPE_SHIFT, _WORTH = 1e-3, 1e-2, 0.02
+_STEPS_KEPT, _START_KEPT, _NOTHING_KEPT = "paired descent", "output layer", "nothing"
 _STEPS, _STEPS_SHIFT = 128, (32, 48)  # of a shift: from γ₀, and from the output layer's solution
 
 
@@ -80,23 +81,34 @@ class PairedDescent:
             return Edit(posterior, Evidence("PairedDescent: nothing to erase, the posterior is returned as it is"))
         network = Network.of(posterior, erased, self.seed, self.jointly)
         layer = network.last_layer(retained)
-        tries = [self._try(network, layer, retained, group) for group in network.groups()]
-        chosen = _Choice.of(tries)
-        evidence = chosen.added(self._evidence(network, layer, tries))
-        if chosen.params is None:
+        # One array for the result: of draws that move on their own there are as many copies as are held.
+        moved = {name: torch.empty_like(value) for name, value in network.reading.origin.items()}
+        ends = [self._end(network, layer, retained, group, moved) for group in network.groups()]
+        evidence = self._evidence(network, layer, ends)
+        if evidence.refused is not None:
             return Edit(posterior, evidence)
-        return network.moved(chosen.params, retained, evidence)
+        return network.moved(moved, retained, evidence)
 
-    def _try(self, network: Network, layer: LastLayer | None, retained: Data, group: slice) -> "_Try":
+    def _end(self, network: Network, layer: LastLayer | None, retained: Data, group: slice, moved: Params) -> "_End":
+        """Where some points end, put into `moved`: after the steps, else at the output layer's solution, or nowhere."""
         problem = network.problem(retained, self.seed, group)
         start = self._start(problem, layer)
         change = None if start is None else 1 - float(start.beta.values[:-1].min())
         plan = self._plan(network.shifts, change, network.points.typical_size(network.first))
-        found = self._run(problem, layer, plan, start)
-        if found.begun and not found.verdict.accepted:
+        found, verdict = self._run(problem, layer, plan, start)
+        if plan.begun and not verdict.accepted:
             # A pool's noise may be all that the output layer's solution has.
-            found = self._run(problem, layer, replace(plan, begun=False), start)
-        return found
+            plan = replace(plan, begun=False)
+            found, verdict = self._run(problem, layer, plan, start)
+        params, returned = found.params, _STEPS_KEPT
+        if not verdict.accepted:
+            judged = None if start is None else judge(problem, start.params, start.beta)
+            if start is None or judged is None or not judged.accepted:
+                return _End(_NOTHING_KEPT, problem.copies, verdict, plan, found)
+            params, returned, verdict = start.params, _START_KEPT, judged
+        for name, value in params.items():
+            moved[name][group] = value
+        return _End(returned, problem.copies, verdict, plan, replace(found, params={}, aim={}))
 
     def _start(self, problem: Problem, layer: LastLayer | None) -> Solved | None:
         pool = draw_pool(problem, self.pool, self.seed)
@@ -121,17 +133,19 @@ class PairedDescent:
         rate = _RATE_ALONE if change is None else _RATE_FAR if far else min(_RATE + _SLOPE * change, fastest)
         return _Plan(num_steps, self.learning_rate or size * rate, change is not None and not far, shrink=True)
 
-    def _run(self, problem: Problem, layer: LastLayer | None, plan: "_Plan", start: Solved | None) -> "_Try":
+    def _run(
+        self, problem: Problem, layer: LastLayer | None, plan: "_Plan", start: Solved | None
+    ) -> tuple[Paired, Verdict]:
         size = min(self.batch_size, problem.rows.num_data)
         steps = PairedSteps(plan.num_steps, plan.rate, size, shrink=plan.shrink)
         found = steps.run(problem, layer, start.params if start and plan.begun else None)
-        return _Try(problem, start, found, judge(problem, found.params, found.beta, found.aim), plan)
+        return found, judge(problem, found.params, found.beta, found.aim)
 
-    def _evidence(self, network: Network, layer: LastLayer | None, tries: list["_Try"]) -> Evidence:
-        last = tries[-1]
+    def _evidence(self, network: Network, layer: LastLayer | None, ends: list["_End"]) -> Evidence:
+        last = ends[-1]
         begun = "from the output layer's solution" if last.plan.begun else "from where the posterior stood"
         moves = " by a common shift" if network.shifts else ""
-        return replace(
+        evidence = replace(
             network.begun(f"PairedDescent{moves} ({last.plan.num_steps} steps at {last.plan.rate:.2g}, {begun})"),
             extra={
                 "layer": list(layer.units) if layer else None,
@@ -142,6 +156,7 @@ class PairedDescent:
                 "noise_scale": last.found.noise_scale if math.isfinite(last.found.noise_scale) else None,
             },
         )
+        return _judged(evidence, ends)
 
 
 @dataclass(frozen=True)
@@ -155,69 +170,37 @@ class _Plan:
 
 
 @dataclass(frozen=True)
-class _Try:
-    """What the steps gave for some points."""
+class _End:
+    """What was kept of some points' steps, and what held-out rows said of that; `found` without its points."""
 
-    problem: Problem
-    start: Solved | None
-    found: Paired
+    returned: str
+    copies: int
     verdict: Verdict
     plan: _Plan
-
-    @property
-    def begun(self) -> bool:
-        """Whether at the output layer's solution."""
-        return self.plan.begun
-
-    def judged_start(self) -> Verdict | None:
-        """Of the output layer's solution."""
-        return None if self.start is None else judge(self.problem, self.start.params, self.start.beta)
+    found: Paired
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What is returned: the steps' result, the output layer's solution, or nothing."""
-
-    params: Params | None
-    verdict: Verdict
-    returned: str
-
-    @staticmethod
-    def of(tries: list[_Try]) -> "_Choice":
-        """The first that held-out rows let pass."""
-        verdict = verdict_of([(each.problem.copies, each.verdict) for each in tries])
-        if verdict.accepted:
-            return _Choice(_joined([each.found.params for each in tries]), verdict, "paired descent")
-        starts = [(each, each.start, each.judged_start()) for each in tries]
-        known = [(each.problem.copies, judged) for each, _, judged in starts if judged is not None]
-        if len(known) == len(tries) and verdict_of(known).accepted:
-            params = _joined([start.params for _, start, _ in starts if start is not None])
-            return _Choice(params, verdict_of(known), "output layer")
-        return _Choice(None, verdict, "nothing")
-
-    def added(self, evidence: Evidence) -> Evidence:
-        """The evidence with what held-out rows said."""
-        rise = self.verdict.rise
-        found = replace(
-            evidence,
-            held_out_fall=-rise,
-            untilted_fall=-self.verdict.untilted,
-            solver=f"returned: {self.returned}",
+def _judged(evidence: Evidence, ends: list[_End]) -> Evidence:
+    """The evidence with what held-out rows said: of all points, or of those that they refused."""
+    refused = [end for end in ends if end.returned == _NOTHING_KEPT]
+    verdict = verdict_of([(end.copies, end.verdict) for end in refused or ends])
+    returned = " and ".join(sorted({end.returned for end in refused or ends}))
+    found = replace(
+        evidence,
+        held_out_fall=-verdict.rise,
+        untilted_fall=-verdict.untilted,
+        solver=f"returned: {returned}",
+    )
+    if refused:
+        reason = (
+            f"the tilted energy of held-out retained rows rose by {verdict.rise:.3g} nats: the request is beyond what "
+            "these steps can do here; take more or smaller steps, or refit"
         )
-        if self.params is None:
-            reason = (
-                f"the tilted energy of held-out retained rows rose by {rise:.3g} nats: the request is beyond what "
-                "these steps can do here; take more or smaller steps, or refit"
-            )
-            return replace(found, refused=reason)
-        if self.returned == "output layer":
-            warning = (
-                "The steps of the whole network raised the tilted energy of held-out rows: the output layer's solution "
-                "was kept. Take more or smaller steps."
-            )
-            return replace(found, warnings=(*found.warnings, warning))
-        return found
-
-
-def _joined(parts: list[Params]) -> Params:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return replace(found, refused=reason)
+    if any(end.returned == _START_KEPT for end in ends):
+        warning = (
+            "The steps of the whole network raised the tilted energy of held-out rows: the output layer's solution "
+            "was kept. Take more or smaller steps."
+        )
+        return replace(found, warnings=(*found.warnings, warning))
+    return found

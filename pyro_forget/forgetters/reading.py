@@ -120,13 +120,17 @@ def _read_draws(posterior: Posterior, erased: Data, seed: int) -> Reading:
     points, _ = points_of(posterior)
     lead = next(iter(posterior.params.values())).shape[:2]
     origin = {name: value.flatten(0, 1) for name, value in posterior.params.items()}
-    pieces = [_pull(points, part, erased) for part in _parts(origin, erased)]
-    force = {name: torch.cat([slopes[name] for slopes, _ in pieces]) for name in origin}
+    force, values = {name: torch.empty_like(value) for name, value in origin.items()}, []
+    for group in _groups(origin, erased):
+        slopes, value = _pull(points, {name: draws[group] for name, draws in origin.items()}, erased)
+        values.append(value)
+        for name, slope in slopes.items():
+            force[name][group] = slope
 
     def back(params: Params) -> Params:
         return {name: value.reshape(*lead, *value.shape[1:]) for name, value in params.items()}
 
-    return Reading(points, origin, force, back, torch.cat([value for _, value in pieces]))
+    return Reading(points, origin, force, back, torch.cat(values))
 
 
 def _read_shift(posterior: Posterior, erased: Data, seed: int) -> Reading:
@@ -138,8 +142,8 @@ def _read_shift(posterior: Posterior, erased: Data, seed: int) -> Reading:
     points, count = DrawPoints(posterior.energy), len(next(iter(draws.values())))
     force = {name: torch.zeros_like(value[:1]) for name, value in draws.items()}
     values = []
-    for part in _parts(draws, erased):
-        slopes, value = _pull(points, part, erased)
+    for group in _groups(draws, erased):
+        slopes, value = _pull(points, {name: some[group] for name, some in draws.items()}, erased)
         force = {name: total + slopes[name].sum(0, keepdim=True) / count for name, total in force.items()}
         values.append(value)
 
@@ -175,7 +179,6 @@ def groups(stacked: Params, size: int | None = None) -> list[slice]:
     return [slice(first, first + size) for first in range(0, len(next(iter(stacked.values()))), size)]
 
 
-def _parts(stacked: Params, data: Data) -> list[Params]:
+def _groups(stacked: Params, data: Data) -> list[slice]:
     """Points that are looked at together with the data."""
-    size = max(1, _ROWS_AT_ONCE // min(data.num_data, data.batch_size))
-    return [{name: value[group] for name, value in stacked.items()} for group in groups(stacked, size)]
+    return groups(stacked, max(1, _ROWS_AT_ONCE // min(data.num_data, data.batch_size)))
