@@ -96,16 +96,18 @@ class PairedDescent:
         change = None if start is None else 1 - float(start.beta.values[:-1].min())
         plan = self._plan(network.shifts, change, network.points.typical_size(network.first))
         found, verdict = self._run(problem, layer, plan, start)
-        if plan.begun and not verdict.accepted:
-            # A pool's noise may be all that the output layer's solution has.
-            plan = replace(plan, begun=False)
-            found, verdict = self._run(problem, layer, plan, start)
         params, returned = found.params, _STEPS_KEPT
         if not verdict.accepted:
             judged = None if start is None else judge(problem, start.params, start.beta)
-            if start is None or judged is None or not judged.accepted:
-                return _End(_NOTHING_KEPT, problem.copies, verdict, plan, found)
-            params, returned, verdict = start.params, _START_KEPT, judged
+            if start is not None and judged is not None and judged.accepted:
+                params, returned, verdict = start.params, _START_KEPT, judged
+            elif plan.begun:
+                # A pool's noise may be all that the output layer's solution has.
+                plan = replace(plan, begun=False)
+                found, verdict = self._run(problem, layer, plan, start)
+                params = found.params
+        if not verdict.accepted:
+            return _End(_NOTHING_KEPT, problem.copies, verdict, plan, replace(found, params={}, aim={}))
         for name, value in params.items():
             moved[name][group] = value
         return _End(returned, problem.copies, verdict, plan, replace(found, params={}, aim={}))
